@@ -1,0 +1,17 @@
+"""Settings every test runs under: offline, and one thread per numeric library.
+
+They are environment variables read when torch, tokenizers and the rest are imported, so they are set here, before any
+test module is. Servers that tests start as processes inherit them.
+"""
+
+import os
+
+# No test may reach for a hub, not even by accident: a missing file must fail at once instead of retrying downloads.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Tiny tensors gain nothing from threads, and a reduction split over another number of threads rounds differently.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("NUMBA_NUM_THREADS", "1")
+# gRPC writes to stderr about every fork and closed socket otherwise.
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
