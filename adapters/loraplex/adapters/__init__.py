@@ -1,0 +1,1 @@
+"""Everything about adapters that needs neither gRPC nor the engine."""

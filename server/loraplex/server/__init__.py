@@ -1,0 +1,1 @@
+"""The serving process: RPC, engine, models, LoRA operators."""

@@ -1,0 +1,1 @@
+"""Continuous batching: sequences, scheduler, KV blocks, model runner, sampler, and the loop that ties them."""

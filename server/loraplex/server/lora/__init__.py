@@ -1,0 +1,1 @@
+"""LoRA at serve time: segments, slots and the operators."""

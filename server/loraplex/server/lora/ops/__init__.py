@@ -1,0 +1,1 @@
+"""The LoRA operator in several implementations of one signature."""

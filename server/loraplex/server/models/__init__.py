@@ -1,0 +1,1 @@
+"""Base models: one configurable decoder, its families, loading and quantization."""

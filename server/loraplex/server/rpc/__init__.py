@@ -1,0 +1,1 @@
+"""gRPC servicers and interceptors: proto to domain and back, nothing else."""
