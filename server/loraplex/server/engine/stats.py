@@ -1,0 +1,92 @@
+"""What the engine tells its observer: plain numbers, once a step and once a request. Knows no metrics system."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from loraplex.server.engine.request import FinishReason
+
+
+@dataclass(frozen=True)
+class TokenStats:
+    """One generated token; the name is "" for the base. Latencies in seconds, None where they do not apply."""
+
+    adapter_name: str
+    prompt_tokens: int
+    """Tokens of the request's prompt with its first token, else 0."""
+    time_to_first_token_s: float | None
+    inter_token_s: float | None
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """The engine after one step."""
+
+    duration_s: float
+    num_running: int
+    num_waiting: int
+    num_rows: int
+    num_tokens: int
+    """Tokens computed, prompts included."""
+    num_adapters: int
+    """Distinct adapters in the batch; the base does not count."""
+    tokens: tuple[TokenStats, ...]
+    """One entry for each token that the step generated."""
+    kv_cache_usage: float
+    prefix_queries: int
+    """Since start, in tokens; like `prefix_hits` and `num_preemptions`."""
+    prefix_hits: int
+    num_preemptions: int
+
+
+@dataclass(frozen=True)
+class RequestStats:
+    """One choice that has ended, for whatever reason; times in seconds, None where that point was never reached."""
+
+    adapter_name: str
+    finish_reason: FinishReason
+    prompt_tokens: int
+    generation_tokens: int
+    cached_tokens: int
+    e2e_s: float
+    queue_s: float | None
+    prefill_s: float | None
+    decode_s: float | None
+
+
+@dataclass(frozen=True)
+class SlotStats:
+    """The adapter memory; bytes."""
+
+    resident: int
+    used_bytes: int
+    capacity_bytes: int
+    loads: int
+    evictions: int
+
+
+class EngineObserver(Protocol):
+    """Called on the engine thread; must return quickly and never raise."""
+
+    def on_step(self, stats: StepStats) -> None:
+        """Take the figures of one step."""
+
+    def on_request(self, stats: RequestStats) -> None:
+        """Take the figures of one ended choice."""
+
+    def on_slots(self, stats: SlotStats) -> None:
+        """Take the state of the adapter memory, whenever it changes."""
+
+
+class NullObserver:
+    """Takes everything and keeps nothing."""
+
+    def on_step(self, stats: StepStats) -> None:
+        """Do nothing."""
+
+    def on_request(self, stats: RequestStats) -> None:
+        """Do nothing."""
+
+    def on_slots(self, stats: SlotStats) -> None:
+        """Do nothing."""
