@@ -75,6 +75,9 @@ class EngineObserver(Protocol):
     def on_request(self, stats: RequestStats) -> None:
         """Take the figures of one ended choice."""
 
+    def on_queue(self, num_running: int, num_waiting: int) -> None:
+        """Take the queue's lengths when there is nothing to run."""
+
     def on_slots(self, stats: SlotStats) -> None:
         """Take the state of the adapter memory, whenever it changes."""
 
@@ -86,6 +89,9 @@ class NullObserver:
         """Do nothing."""
 
     def on_request(self, stats: RequestStats) -> None:
+        """Do nothing."""
+
+    def on_queue(self, num_running: int, num_waiting: int) -> None:
         """Do nothing."""
 
     def on_slots(self, stats: SlotStats) -> None:
