@@ -12,6 +12,5 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Tiny tensors gain nothing from threads, and a reduction split over another number of threads rounds differently.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("NUMBA_NUM_THREADS", "1")
 # gRPC writes to stderr about every fork and closed socket otherwise.
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
