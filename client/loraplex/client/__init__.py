@@ -1,0 +1,87 @@
+"""The client of a Loraplex server: `Client` and, with the same methods, `AsyncClient`."""
+
+from loraplex.client.async_client import AsyncClient
+from loraplex.client.async_streams import AsyncGenerationStream, AsyncMergeStream
+from loraplex.client.channel import DEFAULT_TARGET, ChannelOptions
+from loraplex.client.client import Client
+from loraplex.client.errors import (
+    AlreadyExistsError,
+    CancelledError,
+    DeadlineError,
+    ErrorDetails,
+    FieldViolation,
+    InternalError,
+    InvalidRequestError,
+    LoraplexClientError,
+    NotFoundError,
+    PreconditionError,
+    ResourceExhaustedError,
+    UnavailableError,
+)
+from loraplex.client.options import ChatMessage, Prompt, SamplingOptions
+from loraplex.client.results import (
+    Adapter,
+    BindEntry,
+    BindReport,
+    Choice,
+    FinishReason,
+    Generation,
+    GenerationPiece,
+    HealthStatus,
+    MergeBase,
+    MergeProgress,
+    Registration,
+    ServerInfo,
+    TokenLogprob,
+    TokenLogprobs,
+    Unregistration,
+    Usage,
+)
+from loraplex.client.retry import NO_RETRY, RetryPolicy
+from loraplex.client.streams import GenerationStream, MergeStream
+from loraplex.client.uploads import UploadProgress
+
+__all__ = [
+    "DEFAULT_TARGET",
+    "NO_RETRY",
+    "Adapter",
+    "AlreadyExistsError",
+    "AsyncClient",
+    "AsyncGenerationStream",
+    "AsyncMergeStream",
+    "BindEntry",
+    "BindReport",
+    "CancelledError",
+    "ChannelOptions",
+    "ChatMessage",
+    "Choice",
+    "Client",
+    "DeadlineError",
+    "ErrorDetails",
+    "FieldViolation",
+    "FinishReason",
+    "Generation",
+    "GenerationPiece",
+    "GenerationStream",
+    "HealthStatus",
+    "InternalError",
+    "InvalidRequestError",
+    "LoraplexClientError",
+    "MergeBase",
+    "MergeProgress",
+    "MergeStream",
+    "NotFoundError",
+    "PreconditionError",
+    "Prompt",
+    "Registration",
+    "ResourceExhaustedError",
+    "RetryPolicy",
+    "SamplingOptions",
+    "ServerInfo",
+    "TokenLogprob",
+    "TokenLogprobs",
+    "UnavailableError",
+    "Unregistration",
+    "UploadProgress",
+    "Usage",
+]

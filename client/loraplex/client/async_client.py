@@ -1,0 +1,230 @@
+"""The client for asyncio code. `client` has the same methods."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self, TypeVar, Unpack
+
+from loraplex.client import requests
+from loraplex.client.async_streams import AsyncGenerationStream, AsyncMergeStream
+from loraplex.client.async_transport import AsyncTransport
+from loraplex.client.channel import DEFAULT_TARGET, ChannelOptions
+from loraplex.client.client import DEFAULT_TIMEOUT_S
+from loraplex.client.errors import DeadlineError, LoraplexClientError, UnavailableError
+from loraplex.client.options import Prompt, SamplingKeywords, SamplingOptions, combine
+from loraplex.client.results import (
+    Adapter,
+    BindReport,
+    Generation,
+    HealthStatus,
+    MergeBase,
+    Registration,
+    ServerInfo,
+    Unregistration,
+)
+from loraplex.client.retry import ReadinessWait, RetryPolicy
+from loraplex.client.uploads import Upload, UploadProgress
+
+if TYPE_CHECKING:
+    import grpc
+
+    from loraplex.client.calls import Call
+
+ResultT = TypeVar("ResultT")
+
+
+class AsyncClient:
+    """Talks to one server from one event loop; close it, or use it as an asynchronous context manager.
+
+    Every method raises `LoraplexClientError` when its call fails, and every `timeout` is in seconds for the whole call,
+    retries included: None takes the client's own, `math.inf` is none. The server stops working when it passes.
+    """
+
+    def __init__(
+        self,
+        target: str = DEFAULT_TARGET,
+        *,
+        timeout: float = DEFAULT_TIMEOUT_S,
+        retry: RetryPolicy | None = None,
+        options: ChannelOptions | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:
+        """Keep how to reach `target` ("host:port" or "unix:/path"); connects with the first call.
+
+        Without `credentials` the connection is in plain text.
+        """
+        self.target = target
+        self._timeout = timeout
+        self._transport = AsyncTransport(target, retry or RetryPolicy(), options or ChannelOptions(), credentials)
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        adapter: str = "",
+        scale: float | None = None,
+        *,
+        sampling: SamplingOptions | None = None,
+        timeout: float | None = None,
+        request_id: str = "",
+        cache_salt: str = "",
+        tenant: str = "",
+        **options: Unpack[SamplingKeywords],
+    ) -> Generation:
+        """Answer `prompt` (text, chat messages or token ids) with the base model, or with `adapter` on it.
+
+        `adapter` is a registered name, an alias, or `name@sha256:...`; `scale` multiplies its own scaling. `options`
+        are fields of SamplingOptions and go over `sampling`. Requests with different `cache_salt` share no cached
+        prompt; `tenant` says whom the request belongs to.
+        """
+        chosen = combine(sampling, **options)
+        request = requests.generate_request(prompt, adapter, scale, chosen, request_id, cache_salt, tenant)
+        return await self._unary(requests.generate(request), timeout)
+
+    def stream(
+        self,
+        prompt: Prompt,
+        adapter: str = "",
+        scale: float | None = None,
+        *,
+        sampling: SamplingOptions | None = None,
+        timeout: float | None = None,
+        request_id: str = "",
+        cache_salt: str = "",
+        tenant: str = "",
+        **options: Unpack[SamplingKeywords],
+    ) -> AsyncGenerationStream:
+        """Answer as `generate` does, piece by piece; the last piece has the usage."""
+        chosen = combine(sampling, **options)
+        request = requests.generate_request(prompt, adapter, scale, chosen, request_id, cache_salt, tenant)
+        call = requests.generate_stream(request)
+        return AsyncGenerationStream(call, *self._transport.opener(call, self._timeout_or(timeout)))
+
+    async def register_adapter(
+        self, name: str, path: str | Path, description: str = "", *, timeout: float | None = None
+    ) -> Registration:
+        """Register the adapter in the folder `path` on the server, below one of its adapter roots."""
+        return await self._unary(requests.register_adapter(name, path, description), timeout)
+
+    async def upload_adapter(
+        self,
+        name: str,
+        folder: str | Path,
+        description: str = "",
+        *,
+        progress: Callable[[UploadProgress], None] | None = None,
+        timeout: float | None = None,
+    ) -> Registration:
+        """Send the adapter in the local `folder` and register it; `progress` is called on another thread."""
+        upload = await asyncio.to_thread(Upload, name, Path(folder), description, progress)
+        return await self._transport.unary(upload.call, self._timeout_or(timeout), upload)
+
+    async def unregister_adapter(self, name: str, *, timeout: float | None = None) -> Unregistration:
+        """Take a name away at once; requests in flight finish on the version they started with."""
+        return await self._unary(requests.unregister_adapter(name), timeout)
+
+    async def list_adapters(
+        self, name_contains: str = "", *, page_size: int = 0, timeout: float | None = None
+    ) -> list[Adapter]:
+        """Return all adapters whose name contains `name_contains`, `page_size` per call (0: the server's choice).
+
+        `timeout` is for each page.
+        """
+        adapters: list[Adapter] = []
+        token = ""
+        while True:
+            page, token = await self._unary(requests.list_adapters(name_contains, page_size, token), timeout)
+            adapters += page
+            if not token:
+                return adapters
+
+    async def get_adapter(self, name: str, *, timeout: float | None = None) -> Adapter:
+        """Return one adapter by name, alias or `name@sha256:...`."""
+        return await self._unary(requests.get_adapter(name), timeout)
+
+    async def update_adapter(
+        self, name: str, *, description: str | None = None, timeout: float | None = None
+    ) -> Adapter:
+        """Change what is not None and return the adapter."""
+        return await self._unary(requests.update_adapter(name, description), timeout)
+
+    async def pin_adapter(self, name: str, *, timeout: float | None = None) -> Adapter:
+        """Keep an adapter's weights on the device until it is unpinned."""
+        return await self._unary(requests.pin_adapter(name), timeout)
+
+    async def unpin_adapter(self, name: str, *, timeout: float | None = None) -> Adapter:
+        """Let an adapter's weights be evicted again."""
+        return await self._unary(requests.unpin_adapter(name), timeout)
+
+    async def set_alias(self, alias: str, name: str, *, timeout: float | None = None) -> str:
+        """Point `alias` at a registered name; return the name it pointed at before, empty if it is new."""
+        return await self._unary(requests.set_alias(alias, name), timeout)
+
+    async def delete_alias(self, alias: str, *, timeout: float | None = None) -> None:
+        """Take an alias away; the adapter stays."""
+        await self._unary(requests.delete_alias(alias), timeout)
+
+    async def get_bind_report(self, report_id: str, *, timeout: float | None = None) -> BindReport:
+        """Return the whole report behind a refused registration (`PreconditionError.report_id`)."""
+        return await self._unary(requests.get_bind_report(report_id), timeout)
+
+    def merge_adapter(
+        self,
+        adapter: str,
+        output: str | Path,
+        *,
+        base: MergeBase | str = MergeBase.FULL_PRECISION,
+        scale: float | None = None,
+        timeout: float = math.inf,
+    ) -> AsyncMergeStream:
+        """Fold `adapter` into the base and write a model folder at `output` below the server's export root."""
+        call = requests.merge_adapter(adapter, output, base, scale)
+        return AsyncMergeStream(call, *self._transport.opener(call, timeout))
+
+    async def server_info(self, *, timeout: float | None = None) -> ServerInfo:
+        """Return what the server is and what it can take."""
+        return await self._unary(requests.server_info(), timeout)
+
+    async def health(self, service: str = "", *, timeout: float | None = None) -> HealthStatus:
+        """Return the health of the server, or of one service by its full name; tried once."""
+        return await self._unary(requests.health(service), timeout)
+
+    async def wait_until_ready(self, timeout: float = 60.0) -> None:
+        """Wait until the server is there and serving.
+
+        Raises:
+            DeadlineError: if it is not within `timeout` seconds.
+        """
+        wait = ReadinessWait(self.target, timeout)
+        while True:
+            seen: HealthStatus | LoraplexClientError
+            try:
+                seen = await self.health(timeout=wait.check_timeout_s())
+            except (UnavailableError, DeadlineError) as error:
+                seen = error
+            if seen is HealthStatus.SERVING:
+                return
+            await asyncio.sleep(wait.pause_s(seen))
+
+    async def close(self) -> None:
+        """Close the connection; calls that still run are cancelled."""
+        await self._transport.close()
+
+    async def __aenter__(self) -> Self:
+        """Return self."""
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the connection."""
+        await self.close()
+
+    async def _unary(self, call: Call[ResultT], timeout: float | None) -> ResultT:
+        return await self._transport.unary(call, self._timeout_or(timeout))
+
+    def _timeout_or(self, timeout: float | None) -> float:
+        return self._timeout if timeout is None else timeout

@@ -1,0 +1,217 @@
+"""Builds the calls of both clients from plain Python values. Sends nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from grpc_health.v1 import health_pb2
+
+from loraplex.client import responses
+from loraplex.client.calls import Call, new_request_id
+from loraplex.client.errors import InvalidRequestError
+from loraplex.client.options import ChatMessage, Prompt, SamplingOptions
+from loraplex.client.results import (
+    Adapter,
+    BindReport,
+    Generation,
+    GenerationPiece,
+    HealthStatus,
+    MergeBase,
+    MergeProgress,
+    Registration,
+    ServerInfo,
+    Unregistration,
+)
+from loraplex.v1 import adapter_pb2, export_pb2, generation_pb2, server_pb2
+
+_MERGE_BASES = {
+    MergeBase.FULL_PRECISION: export_pb2.MERGE_BASE_FULL_PRECISION,
+    MergeBase.DEQUANTIZED: export_pb2.MERGE_BASE_DEQUANTIZED,
+}
+
+
+@contextmanager
+def _field(name: str) -> Iterator[None]:
+    """Turn what protobuf says about a value that does not fit its field into the error the server would give.
+
+    Raises:
+        InvalidRequestError: naming the field `name`.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise InvalidRequestError.of(name, str(error)) from error
+
+
+def generate_request(
+    prompt: Prompt,
+    adapter: str,
+    scale: float | None,
+    sampling: SamplingOptions,
+    request_id: str,
+    cache_salt: str = "",
+    tenant: str = "",
+) -> generation_pb2.GenerateRequest:
+    """Return the message for `Generate` and `GenerateStream`; an empty `request_id` is replaced by a new one.
+
+    Raises:
+        InvalidRequestError: for a value that does not fit its field.
+        TypeError: for a prompt that is neither text, chat messages nor token ids.
+    """
+    request = generation_pb2.GenerateRequest(request_id=request_id or new_request_id())
+    with _field("prompt"):
+        _set_prompt(request, prompt)
+    with _field("adapter"):
+        selection = request.adapters.add(name=adapter)
+    if scale is not None:
+        with _field("adapters.scale"):
+            selection.scale = scale
+    with _field("cache_salt"):
+        request.cache_salt = cache_salt
+    with _field("tenant"):
+        request.tenant = tenant
+    _set_sampling(request.sampling, sampling)
+    return request
+
+
+def _set_prompt(request: generation_pb2.GenerateRequest, prompt: Prompt) -> None:
+    if isinstance(prompt, str):
+        request.text = prompt
+        return
+    if not isinstance(prompt, Sequence):
+        raise TypeError(f"a prompt is text, a list of chat messages or a list of token ids, not {type(prompt)}")
+    if prompt and all(isinstance(message, ChatMessage | Mapping) for message in prompt):
+        for message in prompt:
+            role, content = _role_and_content(message)
+            request.chat.messages.add(role=role, content=content)
+        return
+    # Touched even if there are no tokens, so that the server sees an empty prompt and not a missing one.
+    request.tokens.SetInParent()
+    request.tokens.token_ids.extend(prompt)  # type: ignore[arg-type]  # protobuf raises TypeError for anything but ints
+
+
+def _role_and_content(message: Any) -> tuple[str, str]:
+    if isinstance(message, ChatMessage):
+        return message.role, message.content
+    if set(message) != {"role", "content"}:
+        raise TypeError(f"a chat message has the keys role and content, not {sorted(message)}")
+    return message["role"], message["content"]
+
+
+def _set_sampling(message: generation_pb2.SamplingParameters, sampling: SamplingOptions) -> None:
+    for option in fields(sampling):
+        value = getattr(sampling, option.name)
+        if value is None:
+            continue
+        with _field(f"sampling.{option.name}"):
+            if option.name in ("stop", "stop_token_ids"):
+                getattr(message, option.name).extend(value)
+            else:
+                setattr(message, option.name, value)
+
+
+def generate(request: generation_pb2.GenerateRequest) -> Call[Generation]:
+    """Return the call that answers once."""
+    name, request_id = request.adapters[0].name, request.request_id
+    return Call(lambda stubs: stubs.generation.Generate, request, responses.generation, name, request_id)
+
+
+def generate_stream(request: generation_pb2.GenerateRequest) -> Call[GenerationPiece]:
+    """Return the call that answers piece by piece."""
+    name, request_id = request.adapters[0].name, request.request_id
+    return Call(lambda stubs: stubs.generation.GenerateStream, request, responses.piece, name, request_id)
+
+
+def register_adapter(name: str, path: str | Path, description: str) -> Call[Registration]:
+    """Return the call that registers a folder on the server."""
+    request = adapter_pb2.RegisterAdapterRequest(name=name, path=str(path), description=description)
+    return Call(lambda stubs: stubs.adapters.RegisterAdapter, request, responses.registration, name)
+
+
+def unregister_adapter(name: str) -> Call[Unregistration]:
+    """Return the call that takes a name away."""
+    request = adapter_pb2.UnregisterAdapterRequest(name=name)
+    return Call(lambda stubs: stubs.adapters.UnregisterAdapter, request, responses.unregistration, name)
+
+
+def list_adapters(name_contains: str, page_size: int, page_token: str) -> Call[tuple[list[Adapter], str]]:
+    """Return the call for one page: its adapters and the next page's token, empty on the last.
+
+    Raises:
+        InvalidRequestError: if `page_size` does not fit its field.
+    """
+    with _field("page_size"):
+        request = adapter_pb2.ListAdaptersRequest(
+            name_contains=name_contains, page_size=page_size, page_token=page_token
+        )
+    return Call(lambda stubs: stubs.adapters.ListAdapters, request, responses.adapter_page)
+
+
+def get_adapter(name: str) -> Call[Adapter]:
+    """Return the call for one adapter."""
+    request = adapter_pb2.GetAdapterRequest(name=name)
+    return Call(lambda stubs: stubs.adapters.GetAdapter, request, responses.adapter_of, name)
+
+
+def update_adapter(name: str, description: str | None) -> Call[Adapter]:
+    """Return the call that changes what is not None."""
+    request = adapter_pb2.UpdateAdapterRequest(name=name, description=description)
+    return Call(lambda stubs: stubs.adapters.UpdateAdapter, request, responses.adapter_of, name)
+
+
+def pin_adapter(name: str) -> Call[Adapter]:
+    """Return the call that keeps an adapter on the device."""
+    request = adapter_pb2.PinAdapterRequest(name=name)
+    return Call(lambda stubs: stubs.adapters.PinAdapter, request, responses.adapter_of, name)
+
+
+def unpin_adapter(name: str) -> Call[Adapter]:
+    """Return the call that lets an adapter be evicted again."""
+    request = adapter_pb2.UnpinAdapterRequest(name=name)
+    return Call(lambda stubs: stubs.adapters.UnpinAdapter, request, responses.adapter_of, name)
+
+
+def set_alias(alias: str, name: str) -> Call[str]:
+    """Return the call that points an alias at a name; its result is the name it pointed at before."""
+    request = adapter_pb2.SetAliasRequest(alias=alias, name=name)
+    return Call(lambda stubs: stubs.adapters.SetAlias, request, responses.previous_name, name)
+
+
+def delete_alias(alias: str) -> Call[None]:
+    """Return the call that takes an alias away."""
+    request = adapter_pb2.DeleteAliasRequest(alias=alias)
+    return Call(lambda stubs: stubs.adapters.DeleteAlias, request, responses.nothing)
+
+
+def get_bind_report(report_id: str) -> Call[BindReport]:
+    """Return the call for the report behind a refused registration."""
+    request = adapter_pb2.GetBindReportRequest(report_id=report_id)
+    return Call(lambda stubs: stubs.adapters.GetBindReport, request, responses.bind_report)
+
+
+def merge_adapter(adapter: str, output: str | Path, base: MergeBase | str, scale: float | None) -> Call[MergeProgress]:
+    """Return the call that merges, streaming its progress.
+
+    Raises:
+        InvalidRequestError: if `base` is no MergeBase.
+    """
+    with _field("base"):
+        chosen = _MERGE_BASES[MergeBase(base)]
+    request = export_pb2.MergeAdapterRequest(adapter=adapter, output=str(output), base=chosen, scale=scale)
+    return Call(lambda stubs: stubs.export.MergeAdapter, request, responses.merge_progress, adapter)
+
+
+def server_info() -> Call[ServerInfo]:
+    """Return the call for what the server is."""
+    request = server_pb2.GetServerInfoRequest()
+    return Call(lambda stubs: stubs.server.GetServerInfo, request, responses.server_info)
+
+
+def health(service: str) -> Call[HealthStatus]:
+    """Return the health check of one service, or of the server if `service` is empty."""
+    request = health_pb2.HealthCheckRequest(service=service)
+    return Call(lambda stubs: stubs.health.Check, request, responses.health_status, retried=False)

@@ -1,0 +1,198 @@
+"""Reads response messages into the dataclasses of `results`."""
+
+from __future__ import annotations
+
+from datetime import UTC
+from typing import Any
+
+from grpc_health.v1 import health_pb2
+
+from loraplex.client.errors import InternalError
+from loraplex.client.results import (
+    Adapter,
+    BindEntry,
+    BindReport,
+    Choice,
+    FinishReason,
+    Generation,
+    GenerationPiece,
+    HealthStatus,
+    MergeProgress,
+    Registration,
+    ServerInfo,
+    TokenLogprob,
+    TokenLogprobs,
+    Unregistration,
+    Usage,
+)
+from loraplex.v1 import adapter_pb2, export_pb2, generation_pb2, server_pb2
+
+_FINISH_REASONS = {
+    generation_pb2.FINISH_REASON_STOP: FinishReason.STOP,
+    generation_pb2.FINISH_REASON_LENGTH: FinishReason.LENGTH,
+}
+_HEALTH = {
+    health_pb2.HealthCheckResponse.SERVING: HealthStatus.SERVING,
+    health_pb2.HealthCheckResponse.NOT_SERVING: HealthStatus.NOT_SERVING,
+}
+
+
+def generation(message: generation_pb2.GenerateResponse) -> Generation:
+    """Return a whole generation."""
+    choices = tuple(_choice(choice) for choice in message.choices)
+    return Generation(message.request_id, choices, _usage(message.usage), message.adapter_digest)
+
+
+def piece(message: generation_pb2.GenerateStreamResponse) -> GenerationPiece:
+    """Return one message of a stream."""
+    usage = _usage(message.usage) if message.HasField("usage") else None
+    choices = tuple(_choice(choice) for choice in message.choices)
+    return GenerationPiece(message.request_id, choices, usage, message.adapter_digest)
+
+
+def _choice(message: generation_pb2.Choice) -> Choice:
+    return Choice(
+        index=message.index,
+        text=message.text,
+        token_ids=tuple(message.token_ids),
+        logprobs=tuple(_logprobs(position) for position in message.logprobs),
+        finish_reason=_FINISH_REASONS.get(message.finish_reason),
+    )
+
+
+def _logprobs(message: generation_pb2.TokenLogprobs) -> TokenLogprobs:
+    def one(token: generation_pb2.TokenLogprob) -> TokenLogprob:
+        return TokenLogprob(token.token_id, token.logprob)
+
+    return TokenLogprobs(one(message.chosen), tuple(one(token) for token in message.top))
+
+
+def _usage(message: generation_pb2.Usage) -> Usage:
+    return Usage(message.prompt_tokens, message.completion_tokens, message.cached_tokens)
+
+
+class GenerationBuilder:
+    """Puts the pieces of a stream together again."""
+
+    def __init__(self, request_id: str) -> None:
+        """Start with nothing; `request_id` stands until a piece carries one."""
+        self._request_id = request_id
+        self._adapter_digest = ""
+        self._usage: Usage | None = None
+        self._pieces: dict[int, list[Choice]] = {}
+
+    def add(self, piece: GenerationPiece) -> GenerationPiece:
+        """Take the next piece, and return it."""
+        self._request_id = piece.request_id or self._request_id
+        self._adapter_digest = piece.adapter_digest or self._adapter_digest
+        self._usage = piece.usage or self._usage
+        for choice in piece.choices:
+            self._pieces.setdefault(choice.index, []).append(choice)
+        return piece
+
+    def build(self) -> Generation:
+        """Return what the pieces say together.
+
+        Raises:
+            InternalError: if no piece has carried the usage: the stream ended before its last message.
+        """
+        if self._usage is None:
+            raise InternalError("the stream has not come to its last message", request_id=self._request_id)
+        choices = tuple(_join(index, pieces) for index, pieces in sorted(self._pieces.items()))
+        return Generation(self._request_id, choices, self._usage, self._adapter_digest)
+
+
+def _join(index: int, pieces: list[Choice]) -> Choice:
+    return Choice(
+        index=index,
+        text="".join(piece.text for piece in pieces),
+        token_ids=tuple(token for piece in pieces for token in piece.token_ids),
+        logprobs=tuple(position for piece in pieces for position in piece.logprobs),
+        finish_reason=next((piece.finish_reason for piece in reversed(pieces) if piece.finish_reason), None),
+    )
+
+
+def adapter(message: adapter_pb2.Adapter) -> Adapter:
+    """Return one registered adapter."""
+    return Adapter(
+        name=message.name,
+        digest=message.digest,
+        description=message.description,
+        rank=message.rank,
+        target_modules=tuple(message.target_modules),
+        size_bytes=message.size_bytes,
+        created_at=message.create_time.ToDatetime(tzinfo=UTC),
+        resident=message.resident,
+        pinned=message.pinned,
+        active_requests=message.active_requests,
+        aliases=tuple(message.aliases),
+    )
+
+
+def adapter_of(message: Any) -> Adapter:
+    """Return the adapter in a response that holds just one (get, update, pin, unpin)."""
+    return adapter(message.adapter)
+
+
+def adapter_page(message: adapter_pb2.ListAdaptersResponse) -> tuple[list[Adapter], str]:
+    """Return one page's adapters and the next page's token."""
+    return [adapter(entry) for entry in message.adapters], message.next_page_token
+
+
+def registration(message: adapter_pb2.RegisterAdapterResponse | adapter_pb2.UploadAdapterResponse) -> Registration:
+    """Return what a registration or an upload made."""
+    return Registration(adapter(message.adapter), message.previous_digest)
+
+
+def unregistration(message: adapter_pb2.UnregisterAdapterResponse) -> Unregistration:
+    """Return what an unregistration took away."""
+    return Unregistration(message.digest, message.active_requests)
+
+
+def previous_name(message: adapter_pb2.SetAliasResponse) -> str:
+    """Return what an alias pointed at before."""
+    return message.previous_name
+
+
+def nothing(message: adapter_pb2.DeleteAliasResponse) -> None:
+    """Read an empty response."""
+
+
+def bind_report(message: adapter_pb2.GetBindReportResponse) -> BindReport:
+    """Return a whole bind report."""
+    entries = tuple(
+        BindEntry(entry.subject, entry.module, entry.rank, entry.scaling, entry.problem) for entry in message.entries
+    )
+    return BindReport(message.report_id, message.base_fingerprint, entries)
+
+
+def merge_progress(message: export_pb2.MergeAdapterResponse) -> MergeProgress:
+    """Return one message of a merge."""
+    return MergeProgress(message.modules_done, message.modules_total, message.output_path, message.adapter_digest)
+
+
+def server_info(message: server_pb2.GetServerInfoResponse) -> ServerInfo:
+    """Return what the server says about itself."""
+    return ServerInfo(
+        version=message.version,
+        model=message.model,
+        architecture=message.architecture,
+        base_fingerprint=message.base_fingerprint,
+        quantization=message.quantization,
+        dtype=message.dtype,
+        device=message.device,
+        max_model_len=message.max_model_len,
+        max_num_seqs=message.max_num_seqs,
+        kv_blocks=message.kv_blocks,
+        kv_block_size=message.kv_block_size,
+        vocab_size=message.vocab_size,
+        eos_token_ids=tuple(message.eos_token_ids),
+        target_modules=tuple(message.target_modules),
+        adapter_device_memory_bytes=message.adapter_device_memory_bytes,
+        export_root=message.export_root,
+    )
+
+
+def health_status(message: health_pb2.HealthCheckResponse) -> HealthStatus:
+    """Return a health check's answer."""
+    return _HEALTH.get(message.status, HealthStatus.UNKNOWN)
