@@ -7,9 +7,12 @@ quantized, packed or run.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+
+from loraplex.adapters.errors import FieldViolation, PreconditionError
+from loraplex.adapters.formats import Adapter, LoraPair
 
 
 @dataclass(frozen=True)
@@ -68,3 +71,109 @@ class BoundAdapter:
     def nbytes(self) -> int:
         """Bytes of all A and B in their source dtypes."""
         return sum(w.a.nbytes + w.b.nbytes for w in self.modules.values())
+
+
+@dataclass(frozen=True)
+class BindEntry:
+    """One finding on one tensor or target; `problem` is empty when it is in order, else what is wrong and what to do.
+
+    `module` is the base's module, or empty if it has none; `rank` and `scaling` are 0 where they have no meaning.
+    """
+
+    subject: str
+    module: str = ""
+    rank: int = 0
+    scaling: float = 0.0
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class BindReport:
+    """Where each tensor of an adapter goes in one base model."""
+
+    base_fingerprint: str
+    entries: tuple[BindEntry, ...] = field(default=())
+    report_id: str = ""
+
+    @property
+    def problems(self) -> tuple[BindEntry, ...]:
+        """The entries that keep the adapter from being used."""
+        return tuple(entry for entry in self.entries if entry.problem)
+
+
+class BindError(PreconditionError):
+    """An adapter that does not fit the base; `report` holds every finding, `violations` the problems among them."""
+
+    def __init__(self, report: BindReport, base: BaseModel) -> None:
+        """Name the base and the first three problems in the message."""
+        self.report = report
+        problems = report.problems
+        shown = [f"{entry.subject}: {entry.problem}" for entry in problems[:3]]
+        if len(problems) > len(shown):
+            shown.append(f"and {len(problems) - len(shown)} more")
+        super().__init__(
+            f"the adapter does not fit the base model {base.name} ({base.architecture}): {'; '.join(shown)}",
+            [FieldViolation(entry.subject, entry.problem) for entry in problems],
+        )
+
+
+def bind(adapter: Adapter, base: BaseModel) -> BoundAdapter:
+    """Give every tensor of `adapter` its module in `base`.
+
+    What counts is that names and shapes fit; the base that the adapter was trained on may have another name.
+
+    Raises:
+        BindError: if any tensor or any declared target has no place.
+    """
+    report = bind_report(adapter, base)
+    if report.problems:
+        raise BindError(report, base)
+    modules = {
+        name: ModuleWeights(pair.a, pair.b, adapter.spec.scaling_of(name))
+        for name, pair in sorted(adapter.pairs.items())
+    }
+    return BoundAdapter(adapter.digest, modules, adapter.chat_template)
+
+
+def bind_report(adapter: Adapter, base: BaseModel) -> BindReport:
+    """Say for each tensor and each unmatched target of `adapter` where it goes in `base`, or why it cannot."""
+    entries: list[BindEntry] = []
+    for name, pair in sorted(adapter.pairs.items()):
+        entries += _entries(adapter, name, pair, base)
+    for target in adapter.spec.unmatched_targets(adapter.pairs, base.modules):
+        problem = "is named in target_modules, but no tensor belongs to it; train it or take it out of the list"
+        entries.append(BindEntry(target, problem=problem))
+    return BindReport(base.fingerprint, tuple(entries))
+
+
+def _entries(adapter: Adapter, name: str, pair: LoraPair, base: BaseModel) -> list[BindEntry]:
+    rank, scaling = adapter.spec.rank_of(name), adapter.spec.scaling_of(name)
+    module = base.modules.get(name)
+    if module is None:
+        problem = _no_module(name, base, adapter.spec.base_model)
+        return [BindEntry(key, "", rank, scaling, problem) for key in (pair.a_key, pair.b_key)]
+    sides = (
+        (pair.a_key, pair.a.shape[1], module.in_features, "inputs"),
+        (pair.b_key, pair.b.shape[0], module.out_features, "outputs"),
+    )
+    trained_on = f" (it was trained on {adapter.spec.base_model})" if adapter.spec.base_model else ""
+    return [
+        BindEntry(
+            key,
+            name,
+            rank,
+            scaling,
+            ""
+            if found == wanted
+            else f"has {found} {kind}, the base's module has {wanted}; use the base it was trained for{trained_on}",
+        )
+        for key, found, wanted, kind in sides
+    ]
+
+
+def _no_module(name: str, base: BaseModel, trained_on: str) -> str:
+    kind = name.rpartition(".")[2]
+    alike = next((module for module in base.modules if module.rpartition(".")[2] == kind), None)
+    hint = f" (its {kind} modules have names like {alike})" if alike else ""
+    trained = f"; the adapter was trained on {trained_on}" if trained_on else ""
+    return f"the base has no linear module {name}{hint}{trained}"

@@ -67,3 +67,23 @@ class ResourceExhaustedError(LoraplexError):
     def __init__(self, message: str, retry_after_s: float | None = None) -> None:
         self.retry_after_s = retry_after_s
         super().__init__(message)
+
+
+class AdapterFormatError(PreconditionError):
+    """A folder that does not hold an adapter we can serve; `violations` names each file, config key or tensor."""
+
+    def __init__(self, message: str, violations: Sequence[FieldViolation] = (), report_id: str = "") -> None:
+        """Put the first three of `violations` behind `message`."""
+        shown = [f"{v.field}: {v.description}" for v in violations[:3]]
+        if len(violations) > len(shown):
+            shown.append(f"and {len(violations) - len(shown)} more")
+        super().__init__(": ".join([message, "; ".join(shown)]) if shown else message, violations, report_id)
+
+    @classmethod
+    def of(cls, subject: str, description: str) -> AdapterFormatError:
+        """Return the error for a single file, key or tensor."""
+        return cls("the adapter cannot be used", [FieldViolation(subject, description)])
+
+
+class CorruptStoreError(LoraplexError):
+    """Stored adapter weights that are no longer what their digest says."""

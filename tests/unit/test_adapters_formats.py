@@ -1,0 +1,247 @@
+"""Adapter folders: what is read, and every way in which one can be wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from loraplex.adapters.errors import AdapterFormatError, InvalidRequestError
+from loraplex.adapters.folder import copy_adapter, require_inside
+from loraplex.adapters.formats import read_adapter
+from tests.adapter_factory import tensors, tiny_base, write_adapter
+
+Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+def refusal(folder: Path) -> AdapterFormatError:
+    with pytest.raises(AdapterFormatError) as caught:
+        read_adapter(folder)
+    return caught.value
+
+
+def test_matrices_are_read_per_module(tmp_path: Path) -> None:
+    weights = tensors(tiny_base())
+    adapter = read_adapter(write_adapter(tmp_path, weights=weights))
+    assert set(adapter.pairs) == {n for n in tiny_base().modules if n.endswith(("q_proj", "v_proj"))}
+    pair = adapter.pairs["model.layers.0.self_attn.q_proj"]
+    assert torch.equal(pair.a, weights[f"{Q0}.lora_A.weight"])
+    assert torch.equal(pair.b, weights[f"{Q0}.lora_B.weight"])
+    assert adapter.chat_template is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_source_dtypes_are_kept(tmp_path: Path, dtype: torch.dtype) -> None:
+    weights = {key: tensor.to(dtype) for key, tensor in tensors(tiny_base()).items()}
+    adapter = read_adapter(write_adapter(tmp_path, weights=weights))
+    assert {pair.a.dtype for pair in adapter.pairs.values()} == {dtype}
+
+
+def test_keys_with_the_adapters_name_are_the_same_modules(tmp_path: Path) -> None:
+    weights = {key.replace(".weight", ".default.weight"): t for key, t in tensors(tiny_base()).items()}
+    adapter = read_adapter(write_adapter(tmp_path, weights=weights))
+    assert "model.layers.1.self_attn.v_proj" in adapter.pairs
+
+
+def test_tensors_outlive_the_file(tmp_path: Path) -> None:
+    adapter = read_adapter(write_adapter(tmp_path))
+    before = {name: pair.a.clone() for name, pair in adapter.pairs.items()}
+    os.truncate(tmp_path / "adapter_model.safetensors", 0)
+    assert all(torch.equal(before[name], pair.a) for name, pair in adapter.pairs.items())
+
+
+def test_template_comes_from_its_file_or_from_the_tokenizers_config(tmp_path: Path) -> None:
+    write_adapter(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "from config"}))
+    assert read_adapter(tmp_path).chat_template == "from config"
+    named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": "the default"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    assert read_adapter(tmp_path).chat_template == "the default"
+    (tmp_path / "chat_template.jinja").write_text("from file")
+    assert read_adapter(tmp_path).chat_template == "from file"
+
+
+def test_a_copy_is_the_same_adapter(tmp_path: Path) -> None:
+    source = write_adapter(tmp_path / "source")
+    (source / "tokenizer_config.json").write_text(json.dumps({"chat_template": "line\r\nline"}))
+    (source / "unrelated.py").write_text("raise SystemExit")
+    (tmp_path / "copy").mkdir()
+    copy_adapter(source, tmp_path / "copy")
+    assert read_adapter(tmp_path / "copy").digest == read_adapter(source).digest
+    assert sorted(p.name for p in (tmp_path / "copy").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "chat_template.jinja",
+    ]
+
+
+def test_folder_without_config(tmp_path: Path) -> None:
+    write_adapter(tmp_path)
+    (tmp_path / "adapter_config.json").unlink()
+    assert "adapter_config.json: is missing" in str(refusal(tmp_path))
+
+
+def test_config_that_is_not_json(tmp_path: Path) -> None:
+    write_adapter(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("r: 8")
+    assert "not valid JSON" in str(refusal(tmp_path))
+
+
+def test_pickle_files_only(tmp_path: Path) -> None:
+    write_adapter(tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    torch.save({}, tmp_path / "adapter_model.bin")
+    assert "adapter_model.bin is a pickle" in str(refusal(tmp_path))
+    assert "safetensors" in str(refusal(tmp_path))
+
+
+def test_no_weights_at_all(tmp_path: Path) -> None:
+    write_adapter(tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    assert "adapter_model.safetensors: is missing" in str(refusal(tmp_path))
+
+
+@pytest.mark.parametrize("keep", [0, 7, 8, 100, -1])
+def test_truncated_file(tmp_path: Path, keep: int) -> None:
+    path = write_adapter(tmp_path) / "adapter_model.safetensors"
+    os.truncate(path, keep if keep >= 0 else path.stat().st_size + keep)
+    assert "damaged or incomplete" in str(refusal(tmp_path))
+
+
+def test_huge_header(tmp_path: Path) -> None:
+    path = write_adapter(tmp_path) / "adapter_model.safetensors"
+    path.write_bytes(struct.pack("<Q", 1 << 40) + path.read_bytes()[8:])
+    assert "header of 1099511627776 bytes" in str(refusal(tmp_path))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_nan_and_infinite_weights(tmp_path: Path, value: float) -> None:
+    weights = tensors(tiny_base())
+    weights[f"{Q0}.lora_B.weight"][0, 0] = value
+    error = refusal(write_adapter(tmp_path, weights=weights))
+    assert [v.field for v in error.violations] == [f"{Q0}.lora_B.weight"]
+    assert "NaN" in str(error)
+
+
+def test_rank_mismatch_between_config_and_tensors(tmp_path: Path) -> None:
+    error = refusal(write_adapter(tmp_path, r=8))
+    assert len(error.violations) == len(tensors(tiny_base()))
+    assert "has rank 4" in str(error)
+    assert "gives the module rank 8" in str(error)
+
+
+def test_rank_pattern_counts_for_the_tensors_rank(tmp_path: Path) -> None:
+    weights = tensors(tiny_base(), ("q_proj",), rank=4) | tensors(tiny_base(), ("v_proj",), rank=2)
+    folder = write_adapter(tmp_path, weights=weights, rank_pattern={"v_proj": 2})
+    adapter = read_adapter(folder)
+    assert adapter.spec.scaling_of("model.layers.0.self_attn.v_proj") == 4.0
+    assert len(refusal(write_adapter(tmp_path, weights=weights)).violations) == 4
+
+
+def test_a_without_b_and_b_without_a(tmp_path: Path) -> None:
+    weights = tensors(tiny_base())
+    del weights[f"{Q0}.lora_B.weight"]
+    del weights[f"{Q0.replace('0', '1')}.lora_A.weight"]
+    text = str(refusal(write_adapter(tmp_path, weights=weights)))
+    assert f"{Q0}.lora_A.weight: has no matching lora_B" in text
+    assert "has no matching lora_A" in text
+
+
+def test_one_matrix_twice(tmp_path: Path) -> None:
+    weights = tensors(tiny_base())
+    weights[f"{Q0}.lora_A.default.weight"] = weights[f"{Q0}.lora_A.weight"].clone()
+    assert "is the same matrix as" in str(refusal(write_adapter(tmp_path, weights=weights)))
+
+
+def test_no_tensors(tmp_path: Path) -> None:
+    assert "holds no tensors" in str(refusal(write_adapter(tmp_path, weights={})))
+
+
+@pytest.mark.parametrize(
+    ("key", "reason"),
+    [
+        ("base_model.model.model.embed_tokens.lora_embedding_A", "LoRA on embeddings"),
+        (f"{Q0}.lora_magnitude_vector", "DoRA"),
+        (f"{Q0}.lora_B.bias", "bias on B"),
+        ("base_model.model.lm_head.modules_to_save.weight", "fully trained module"),
+        ("base_model.model.model.embed_tokens.base_layer.weight", "weight of the base model"),
+        ("something.else", "not a LoRA matrix"),
+    ],
+)
+def test_other_tensors_are_refused_by_name(tmp_path: Path, key: str, reason: str) -> None:
+    weights = tensors(tiny_base()) | {key: torch.zeros(4, 4)}
+    error = refusal(write_adapter(tmp_path, weights=weights))
+    assert [v.field for v in error.violations] == [key]
+    assert reason in str(error)
+
+
+def test_dtypes_that_are_no_floats(tmp_path: Path) -> None:
+    weights = {key: tensor.to(torch.int8) for key, tensor in tensors(tiny_base()).items()}
+    assert "only float32, float16 and bfloat16" in str(refusal(write_adapter(tmp_path, weights=weights)))
+
+
+def test_matrices_with_other_than_two_dimensions(tmp_path: Path) -> None:
+    weights = tensors(tiny_base())
+    weights[f"{Q0}.lora_A.weight"] = torch.zeros(4)
+    assert "not two dimensions" in str(refusal(write_adapter(tmp_path, weights=weights)))
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "chat_template.jinja"])
+def test_links_that_leave_the_folder(tmp_path: Path, name: str) -> None:
+    folder = write_adapter(tmp_path / "adapter", template="t")
+    outside = (folder / name).rename(tmp_path / name)
+    (folder / name).symlink_to(outside)
+    assert "leads out of the adapter's folder" in str(refusal(folder))
+    (folder / name).unlink()
+    (folder / "inner").write_bytes(outside.read_bytes())
+    (folder / name).symlink_to("inner")
+    assert read_adapter(folder).chat_template == "t"
+
+
+def test_pipes_and_folders_are_not_opened(tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path)
+    (folder / "adapter_config.json").unlink()
+    os.mkfifo(folder / "adapter_config.json")
+    assert "not a regular file" in str(refusal(folder))
+    (folder / "adapter_config.json").unlink()
+    (folder / "adapter_config.json").mkdir()
+    assert "not a regular file" in str(refusal(folder))
+
+
+def test_oversized_text_files(tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path, template="x" * ((1 << 20) + 1))
+    assert "larger than 1 MiB" in str(refusal(folder))
+
+
+@pytest.mark.parametrize("template", [7, [{"name": "default", "template": 7}], "\ud800"])
+def test_templates_that_are_not_text(tmp_path: Path, template: object) -> None:
+    folder = write_adapter(tmp_path)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    assert "chat_template" in str(refusal(folder))
+
+
+def test_paths_outside_the_allowed_roots(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    write_adapter(root / "inside")
+    write_adapter(tmp_path / "outside")
+    (root / "link").symlink_to(tmp_path / "outside")
+    assert require_inside(root / "inside", (root,)) == root / "inside"
+    for path in (tmp_path / "outside", root / "link", root / ".." / "outside", tmp_path / "absent", Path("/etc")):
+        with pytest.raises(InvalidRequestError, match="not below the allowed adapter roots") as caught:
+            require_inside(path, (root,))
+        assert str(root) in str(caught.value)
+    with pytest.raises(InvalidRequestError, match="is not a folder"):
+        require_inside(root / "absent", (root,))
+
+
+def test_one_adapter_in_two_layouts_of_the_file_has_one_digest(tmp_path: Path) -> None:
+    weights = tensors(tiny_base())
+    one = write_adapter(tmp_path / "one", weights=weights)
+    two = write_adapter(tmp_path / "two", weights=dict(reversed(weights.items())))
+    save_file(weights, two / "adapter_model.safetensors", metadata={"made": "elsewhere"})
+    assert read_adapter(one).digest == read_adapter(two).digest
