@@ -1,0 +1,1 @@
+"""Puts load on a running server over gRPC and measures it from outside."""
