@@ -27,8 +27,8 @@ demo: $(RUN_READY) ## Serve three trained adapters from one NF4 model, add a fou
 serve: $(RUN_READY) ## Serve the demo model with the example adapters on 127.0.0.1:50051 (metrics on :8000)
 	$(BIN)/loraplex serve --model demo --adapters adapters/examples $(ARGS)
 
-bench: $(RUN_READY) ## Put load on a server and measure it from outside
-	$(BIN)/loraplex bench $(ARGS)
+bench: $(RUN_READY) ## Measure the reference workload W16 from outside, on a server of its own
+	$(BIN)/loraplex bench w16 $(ARGS)
 
 venv: $(DEV_READY) ## Make the whole development environment
 

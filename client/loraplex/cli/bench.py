@@ -1,0 +1,71 @@
+"""`loraplex bench` puts load on a server and measures it from outside; `loraplex bench w16` runs a fixed workload."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from loraplex.cli.connection import DEFAULT_SERVER, ServerOption
+
+app = typer.Typer(invoke_without_command=True)
+
+JsonFileOption = Annotated[Path | None, typer.Option("--json", help="Write the result to this file.", dir_okay=False)]
+
+
+@app.callback()
+def bench(
+    context: typer.Context,
+    server: ServerOption = DEFAULT_SERVER,
+    concurrency: Annotated[int, typer.Option(help="Requests in flight.", min=1)] = 16,
+    requests: Annotated[int, typer.Option(help="Requests in each run.", min=1)] = 16,
+    prompt_tokens: Annotated[int, typer.Option(help="Length of each prompt, about.", min=4)] = 30,
+    max_tokens: Annotated[int, typer.Option(help="Output tokens of each request.", min=1)] = 128,
+    adapters: Annotated[
+        str, typer.Option(help="Names with commas between them (`base` is no adapter), or `all`; default: the base.")
+    ] = "",
+    assignment: Annotated[
+        str, typer.Option(help="Which request names which adapter: round-robin, distinct or identical.")
+    ] = "round-robin",
+    repeat: Annotated[int, typer.Option(help="Runs.", min=1)] = 1,
+    seed: Annotated[int, typer.Option(help="Of the prompts; each run adds one.")] = 0,
+    json_file: JsonFileOption = None,
+) -> None:
+    """Put load on a server and measure it from outside."""
+    if context.invoked_subcommand is not None:
+        return
+    from loraplex.bench.workload import Assignment, Workload
+    from loraplex.cli import bench_run
+
+    names = bench_run.adapter_names(server, adapters)
+    try:
+        chosen = Assignment(assignment) if names else Assignment.BASE
+        workload = Workload(concurrency, requests, prompt_tokens, max_tokens, names, chosen, seed=seed)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    if not bench_run.measure(server, workload, repeat, json_file):
+        raise typer.Exit(1)
+
+
+@app.command()
+def w16(
+    server: Annotated[str, typer.Option(help="A running server of SmolLM2-135M; default: one is started.")] = "",
+    repeat: Annotated[int, typer.Option(help="Runs of each case.", min=1)] = 3,
+    cases: Annotated[str, typer.Option(help="Which of them, with commas between.")] = "base,same,mixed",
+    model: Annotated[str, typer.Option(help="What the started server serves.")] = "demo",
+    quantization: Annotated[str, typer.Option(help="How the started server holds it.")] = "nf4",
+    serve_args: Annotated[str, typer.Option(help="More arguments for the started server.")] = "",
+    json_file: JsonFileOption = None,
+) -> None:
+    """Run W16: 16 requests at once for 16 adapters (mixed), for one of them (same), and for the base."""
+    from loraplex.bench.w16 import CASES
+    from loraplex.cli import bench_run
+
+    chosen = [name.strip() for name in cases.split(",")]
+    if unknown := [name for name in chosen if name not in CASES]:
+        raise typer.BadParameter(f"no such case: {', '.join(unknown)}", param_hint="--cases")
+    arguments = ["--model", model, "--quantization", quantization, *shlex.split(serve_args)]
+    if not bench_run.measure_w16(server, arguments, chosen, repeat, json_file):
+        raise typer.Exit(1)
