@@ -1,0 +1,76 @@
+"""What writing safely to a disk takes: a full disk as a typed error, and files that survive a crash."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from loraplex.adapters.errors import PreconditionError, ResourceExhaustedError
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
+@contextmanager
+def disk_full_is_typed(doing: str) -> Iterator[None]:
+    """Turn "no space left" into a `ResourceExhaustedError` that says what was being done."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise ResourceExhaustedError(f"the disk is full while {doing}; free some space and try again") from error
+
+
+@contextmanager
+def removed_at_exit(folder: Path) -> Iterator[Path]:
+    """Yield `folder` and remove it with its content afterwards, unless it was moved away."""
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the files directly in `folder`, and their names, are on the disk."""
+    for path in folder.iterdir():
+        _sync(path)
+    _sync(folder)
+
+
+def move_folder(source: Path, target: Path) -> None:
+    """Rename the synced folder `source` to `target`, and wait until the new name is on the disk.
+
+    Raises:
+        OSError: if `target` is a folder with something in it, or on another file system.
+    """
+    source.rename(target)
+    _sync(target.parent)
+
+
+def lock_folder(folder: Path) -> BinaryIO:
+    """Take `folder` for this process alone until the returned file is closed or the process ends.
+
+    Raises:
+        PreconditionError: if another process has it.
+    """
+    file = (folder / "lock").open("ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise PreconditionError(f"{folder} is in use by another server; give each its own folder") from error
+    return file
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

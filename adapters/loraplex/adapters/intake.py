@@ -1,0 +1,128 @@
+"""From a folder to a candidate for registration, and from the store back to weights: every check of the content.
+
+Keeps the findings of refused candidates for a while. Knows nothing about names or requests. Thread-safe.
+"""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from loraplex.adapters.binding import BaseModel, BindEntry, BindError, BindReport, BoundAdapter, bind
+from loraplex.adapters.directory import Version
+from loraplex.adapters.disk import disk_full_is_typed
+from loraplex.adapters.errors import CorruptStoreError, NotFoundError, PreconditionError
+from loraplex.adapters.folder import WEIGHTS_FILE, copy_adapter
+from loraplex.adapters.formats import Adapter, read_adapter
+from loraplex.adapters.store import BlobStore
+
+KEPT_REPORTS = 100
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A checked copy of an adapter in the store's staging area, ready for `BlobStore.put`."""
+
+    staged: Path
+    version: Version
+
+
+class Intake:
+    """Checks adapters against one base model."""
+
+    def __init__(self, store: BlobStore, base: BaseModel) -> None:
+        self._store = store
+        self._base = base
+        self._lock = threading.Lock()
+        self._reports: dict[str, BindReport] = {}
+
+    @contextmanager
+    def candidate(self, folder: Path) -> Iterator[Candidate]:
+        """Copy the adapter in `folder`, check the copy (nobody else can change it), and remove it afterwards.
+
+        Raises:
+            PreconditionError: the adapter cannot be served; `report_id` leads to all findings.
+            ResourceExhaustedError: the disk is full.
+        """
+        with disk_full_is_typed("taking in an adapter"), self._store.staging() as staged:
+            with self._refusals_kept():
+                copy_adapter(folder, staged)
+                adapter = read_adapter(staged)
+                bind(adapter, self._base)
+            yield Candidate(staged, self._version(adapter, (staged / WEIGHTS_FILE).stat().st_size))
+
+    def load(self, digest: str) -> BoundAdapter:
+        """Read `digest` from the store, check that it is what was stored, and bind it.
+
+        Raises:
+            NotFoundError: the digest is not in the store.
+            CorruptStoreError: the files are not what the digest says.
+            BindError: the adapter does not fit the base.
+        """
+        return bind(self._read(digest), self._base)
+
+    def is_damaged(self, digest: str) -> bool:
+        """Say whether the store has `digest`, but with another content."""
+        try:
+            self._read(digest)
+        except NotFoundError:
+            return False
+        except CorruptStoreError:
+            return True
+        return False
+
+    def report(self, report_id: str) -> BindReport:
+        """Return the findings on one of the last 100 refused candidates.
+
+        Raises:
+            NotFoundError: there is no such report (any more).
+        """
+        with self._lock:
+            report = self._reports.get(report_id)
+        if report is None:
+            raise NotFoundError(
+                f"there is no report {report_id!r:.80}; the last {KEPT_REPORTS} are kept until a restart"
+            )
+        return report
+
+    def _read(self, digest: str) -> Adapter:
+        folder = self._store.folder(digest)
+        try:
+            adapter = read_adapter(folder)
+        except (PreconditionError, OSError) as error:
+            raise CorruptStoreError(f"the stored weights of {digest} cannot be read: {error}") from error
+        if adapter.digest != digest:
+            raise CorruptStoreError(f"the stored weights of {digest} have changed; register the adapter again")
+        return adapter
+
+    @contextmanager
+    def _refusals_kept(self) -> Iterator[None]:
+        try:
+            yield
+        except PreconditionError as error:
+            error.report_id = uuid.uuid4().hex
+            if isinstance(error, BindError):
+                error.report = report = replace(error.report, report_id=error.report_id)
+            else:
+                entries = tuple(BindEntry(v.field, problem=v.description) for v in error.violations)
+                report = BindReport(self._base.fingerprint, entries, error.report_id)
+            with self._lock:
+                self._reports[error.report_id] = report
+                if len(self._reports) > KEPT_REPORTS:
+                    del self._reports[next(iter(self._reports))]
+            raise
+
+    def _version(self, adapter: Adapter, size_bytes: int) -> Version:
+        return Version(
+            digest=adapter.digest,
+            rank=max(pair.a.shape[0] for pair in adapter.pairs.values()),
+            target_modules=tuple(sorted({name.rpartition(".")[2] for name in adapter.pairs})),
+            size_bytes=size_bytes,
+            base_fingerprint=self._base.fingerprint,
+            created_at=datetime.now(UTC),
+        )

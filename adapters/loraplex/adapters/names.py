@@ -1,0 +1,54 @@
+"""The names of adapters: which are allowed, and how `name@sha256:...` selects one version.
+
+Also the page tokens of listings sorted by name: the last name of a page, so that they stay valid when names change.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+
+from loraplex.adapters.errors import InvalidRequestError
+
+MAX_LENGTH = 128
+RESERVED = frozenset({"base"})
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(?:/[A-Za-z0-9._-]+)*")
+
+
+def check_name(name: str, field: str = "name") -> str:
+    """Return `name` if it may name an adapter or an alias.
+
+    Raises:
+        InvalidRequestError: naming `field`, if it may not.
+    """
+    if not name:
+        raise InvalidRequestError.of(field, "is empty")
+    if name in RESERVED:
+        raise InvalidRequestError.of(field, f"{name!r} stands for the base model alone")
+    if len(name) > MAX_LENGTH or not _NAME.fullmatch(name):
+        rule = f"at most {MAX_LENGTH} letters, digits and . _ - (and / between parts), beginning with a letter or digit"
+        raise InvalidRequestError.of(field, f"{name!r:.140} is not a name; use {rule}")
+    return name
+
+
+def split_selector(selector: str) -> tuple[str, str | None]:
+    """Split `name` or `name@sha256:...` into the name and the digest that it selects, if any."""
+    name, at, digest = selector.partition("@")
+    return name, digest if at else None
+
+
+def encode_page_token(name: str) -> str:
+    """Return the token of the page after `name`."""
+    return base64.urlsafe_b64encode(name.encode()).decode()
+
+
+def decode_page_token(token: str) -> str:
+    """Return the name that the page of `token` comes after, or an empty string for the first page.
+
+    Raises:
+        InvalidRequestError: no page gave that token.
+    """
+    try:
+        return base64.b64decode(token, altchars=b"-_", validate=True).decode()
+    except ValueError as error:
+        raise InvalidRequestError.of("page_token", "is not one that a listing gave") from error
