@@ -1,0 +1,41 @@
+"""Which number type activations are computed in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from loraplex.server.errors import ModelLoadError
+
+_NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_CPU_INFO = Path("/proc/cpuinfo")
+_BF16_FLAGS = {"avx512_bf16", "amx_bf16"}
+
+
+def compute_dtype(name: str, device: torch.device, cpu_info: Path = _CPU_INFO) -> torch.dtype:
+    """Return the dtype for "float32", "bfloat16", "float16", or for "auto" the best that `device` computes in.
+
+    A CPU without bfloat16 instructions emulates them many times slower than float32.
+
+    Raises:
+        ModelLoadError: for another name, or float16 on a CPU.
+    """
+    if name == "auto":
+        if device.type == "cpu":
+            return torch.bfloat16 if _cpu_has_bf16(cpu_info) else torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if name not in _NAMES:
+        raise ModelLoadError(f"unknown dtype {name!r}: auto, {', '.join(_NAMES)}")
+    if device.type == "cpu" and name == "float16":
+        raise ModelLoadError("float16 needs a GPU; on a CPU use bfloat16 or float32")
+    return _NAMES[name]
+
+
+def _cpu_has_bf16(cpu_info: Path) -> bool:
+    try:
+        lines = cpu_info.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return False
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return bool(_BF16_FLAGS & set(flags.split()))

@@ -1,0 +1,101 @@
+"""Rotary position embedding: frequencies, and the rotation of a batch's queries and keys.
+
+The formulas are those of transformers' `modeling_rope_utils`, operation by operation, so that fp32 results agree bit
+for bit; sources: RoFormer (Su et al. 2021), YaRN (Peng et al. 2023), LongRoPE (Ding et al. 2024), Llama 3.1.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from loraplex.server.models.config import RopeConfig
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """The rotation of T tokens; `cos` and `sin` are (T, 1, rotary_dim), the first half of `sin` negated."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+    def apply(self, heads: torch.Tensor) -> torch.Tensor:
+        """Rotate the first `rotary_dim` numbers of every head; (T, heads, head_dim), may change `heads` in place."""
+        size = self.cos.shape[-1]
+        if size == heads.shape[-1]:
+            return torch.addcmul(heads * self.cos, heads.roll(size // 2, -1), self.sin)
+        part = heads[..., :size]
+        part.copy_(torch.addcmul(part * self.cos, part.roll(size // 2, -1), self.sin))
+        return heads
+
+
+class Rotary:
+    """Makes the Rotation of a batch from its positions."""
+
+    def __init__(self, config: RopeConfig, dtype: torch.dtype, device: torch.device) -> None:
+        self._frequencies = rope_frequencies(config).to(device)  # (rotary_dim / 2,) float32
+        self._factor = config.attention_factor
+        self._dtype = dtype
+
+    def rotation(self, positions: torch.Tensor) -> Rotation:
+        """Return the rotation of tokens at `positions` (T,), computed in float32 and rounded to the compute dtype."""
+        angles = positions[:, None].float() * self._frequencies  # (T, rotary_dim / 2)
+        cos, sin = angles.cos(), angles.sin()
+        if self._factor != 1:
+            cos, sin = cos * self._factor, sin * self._factor
+        return Rotation(
+            torch.cat((cos, cos), -1).unsqueeze(1).to(self._dtype),
+            torch.cat((-sin, sin), -1).unsqueeze(1).to(self._dtype),
+        )
+
+
+def rope_frequencies(config: RopeConfig) -> torch.Tensor:
+    """Return the angle per position of each pair of numbers: (rotary_dim / 2,) float32."""
+    powers = config.theta ** (torch.arange(0, config.rotary_dim, 2, dtype=torch.float32) / config.rotary_dim)
+    match config.kind:
+        case "default":
+            return 1.0 / powers
+        case "linear":
+            return 1.0 / powers / config.factor
+        case "longrope":
+            return 1.0 / (torch.tensor(config.factors, dtype=torch.float32) * powers)
+        case "llama3":
+            return _llama3(1.0 / powers, config)
+        case "yarn":
+            return _yarn(powers, config)
+
+
+def _llama3(frequencies: torch.Tensor, config: RopeConfig) -> torch.Tensor:
+    """Keep fast frequencies, divide slow ones by the factor, and blend between."""
+    wavelengths = 2 * math.pi / frequencies
+    longest = config.original_max_positions / config.low_freq_factor
+    shortest = config.original_max_positions / config.high_freq_factor
+    scaled = torch.where(wavelengths > longest, frequencies / config.factor, frequencies)
+    smooth = (config.original_max_positions / wavelengths - config.low_freq_factor) / (
+        config.high_freq_factor - config.low_freq_factor
+    )
+    blended = (1 - smooth) * scaled / config.factor + smooth * scaled
+    between = ~(wavelengths < shortest) & ~(wavelengths > longest)
+    return torch.where(between, blended, scaled)
+
+
+def _yarn(powers: torch.Tensor, config: RopeConfig) -> torch.Tensor:
+    """Keep dimensions that turn often within the original context, stretch those that turn less than once."""
+    dim = config.rotary_dim
+
+    def dimension_of(rotations: float) -> float:
+        return (dim * math.log(config.original_max_positions / (rotations * 2 * math.pi))) / (
+            2 * math.log(config.theta)
+        )
+
+    low, high = dimension_of(config.beta_fast), dimension_of(config.beta_slow)
+    if config.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    if low == high:
+        high += 0.001  # a ramp needs a width
+    stretch = torch.clamp((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low), 0, 1)
+    kept = 1 - stretch
+    return 1.0 / (config.factor * powers) * (1 - kept) + 1.0 / powers * kept
