@@ -53,8 +53,9 @@ It knows the templates it was trained on and little else: an example of an adapt
 
 def write_card(folder: Path, metrics: Mapping[str, Any], samples: Sequence[Mapping[str, str]]) -> None:
     """Write `README.md` in `folder`; `samples` are held-out rows with what base and adapter wrote."""
+    # Tildes: the base likes to answer in back-quoted blocks, which would close a fence made of them.
     blocks = [
-        f"```text\n{sample['prompt']}\n\nadapter: {sample['adapter'].strip()}\nbase:    {sample['base'].strip()}\n```"
+        f"~~~~text\n{sample['prompt']}\n\nadapter: {sample['adapter'].strip()}\nbase:    {sample['base'].strip()}\n~~~~"
         for sample in samples
     ]
     text = CARD.format(
