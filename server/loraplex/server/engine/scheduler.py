@@ -190,7 +190,7 @@ class Scheduler:
         return residency
 
     def _candidates(self, rows: Counter[AdapterKey], now: float) -> Iterator[Sequence]:
-        """Yield the best head again and again; a head that was yielded and not admitted closes its queue for this step."""
+        """Yield the best head again and again; one that is not admitted closes its queue for this step."""
         yield from tuple(self._preempted)
         closed: set[AdapterKey] = set()
         while heads := [(key, queue[0]) for key, queue in self._waiting.items() if key not in closed]:
@@ -215,7 +215,7 @@ class Scheduler:
         return now - self._waiting_since(key, head) > self._config.max_wait_s
 
     def _reserve(self, seq: Sequence) -> bool:
-        """Take cached and fresh blocks for all tokens that `seq` has; return False, with nothing taken, if they lack."""
+        """Take cached and fresh blocks for all tokens of `seq`; return False, with nothing taken, if they lack."""
         found = self._blocks.match_prefix(seq)
         # One block a running row stays free for the tokens to come, or the newcomer would be preempted at once.
         spare = len(self.running)

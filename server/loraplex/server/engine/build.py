@@ -1,0 +1,122 @@
+"""Puts an engine together from a loaded model and the operator's budgets."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from loraplex.adapters.binding import BoundAdapter
+from loraplex.server.config import EngineConfig
+from loraplex.server.engine.block_manager import BlockManager
+from loraplex.server.engine.engine import Engine, EngineParts, Publish
+from loraplex.server.engine.kv_cache import KVCache, KVCacheShape
+from loraplex.server.engine.model_runner import ModelRunner
+from loraplex.server.engine.scheduler import Scheduler
+from loraplex.server.engine.stats import EngineObserver
+from loraplex.server.errors import ModelLoadError
+from loraplex.server.lora.ops.interface import make_lora_ops
+from loraplex.server.lora.slots import SlotPool
+from loraplex.server.lora.weights import PackedAdapter, pack_adapter
+from loraplex.server.models.loader import LoadedModel
+from loraplex.server.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """What follows from model and budgets together."""
+
+    max_model_len: int
+    num_blocks: int
+    kv_cache_bytes: int
+
+
+def engine_limits(model: LoadedModel, config: EngineConfig) -> EngineLimits:
+    """Divide the KV memory into blocks, and bound the context by them.
+
+    Raises:
+        ModelLoadError: if the KV memory does not hold one sequence of the asked-for length.
+    """
+    shape = kv_cache_shape(model, config)
+    num_blocks = config.kv_cache_memory // shape.block_bytes
+    capacity = num_blocks * config.block_size
+    wanted = config.max_model_len or min(model.max_model_len, capacity)
+    if wanted > model.max_model_len:
+        raise ModelLoadError(
+            f"--max-model-len {wanted} exceeds the model's own context of {model.max_model_len} tokens"
+        )
+    if num_blocks < 1 or wanted > capacity:
+        raise ModelLoadError(
+            f"--kv-cache-memory {config.kv_cache_memory} bytes holds {capacity} tokens, fewer than one sequence of "
+            f"{max(wanted, config.block_size)}; raise it or lower --max-model-len"
+        )
+    return EngineLimits(wanted, num_blocks, num_blocks * shape.block_bytes)
+
+
+def kv_cache_shape(model: LoadedModel, config: EngineConfig) -> KVCacheShape:
+    """Return the cache's shape for this model, in its compute dtype."""
+    decoder = model.decoder.config
+    return KVCacheShape(decoder.num_layers, decoder.num_kv_heads, decoder.head_dim, config.block_size, model.dtype)
+
+
+def adapter_dtype(model: LoadedModel, config: EngineConfig) -> torch.dtype:
+    """Return the dtype in which adapter weights are kept on the device."""
+    return model.dtype if config.adapter_dtype == "auto" else getattr(torch, config.adapter_dtype)
+
+
+def build_engine(
+    model: LoadedModel,
+    tokenizer: Tokenizer,
+    config: EngineConfig,
+    load_adapter: Callable[[str], BoundAdapter],
+    observer: EngineObserver,
+    publish: Publish,
+) -> Engine:
+    """Allocate the memory, compile what is compiled at first use, and return an engine ready to `run`.
+
+    `load_adapter` gives the bound weights of a digest; it is called on a background thread.
+
+    Raises:
+        ModelLoadError: if the KV memory is too small.
+    """
+    limits = engine_limits(model, config)
+    device = torch.device(model.device)
+    dtype = adapter_dtype(model, config)
+
+    def load(digest: str) -> PackedAdapter:
+        return pack_adapter(load_adapter(digest), model.decoder.sites, dtype, device)
+
+    blocks = BlockManager(
+        limits.num_blocks,
+        config.block_size,
+        base_fingerprint=model.base.fingerprint,
+        caching=config.enable_prefix_caching,
+    )
+    # A load that ends must wake an engine that is made after the pool.
+    slots = SlotPool(load, config.adapter_device_memory, on_load=lambda: engine.wake())
+    kv_cache = KVCache(kv_cache_shape(model, config), limits.num_blocks, device)
+    lora_ops = make_lora_ops(device)
+    parts = EngineParts(
+        runner=ModelRunner(model.decoder, kv_cache, lora_ops, device),
+        scheduler=Scheduler(config, blocks, slots),
+        blocks=blocks,
+        slots=slots,
+        tokenizer=tokenizer,
+        eos_token_ids=frozenset(model.eos_token_ids),
+        max_model_len=limits.max_model_len,
+    )
+    engine = Engine(parts, publish, observer)
+    logger.info(
+        "engine: %d KV blocks of %d tokens (%.0f MiB), context %d, adapter memory %.0f MiB as %s",
+        limits.num_blocks,
+        config.block_size,
+        limits.kv_cache_bytes / 2**20,
+        limits.max_model_len,
+        config.adapter_device_memory / 2**20,
+        str(dtype).removeprefix("torch."),
+    )
+    return engine

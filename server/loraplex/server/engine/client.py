@@ -1,0 +1,146 @@
+"""The asyncio side of the engine: hands requests to the engine thread and its outputs to whoever waits for them.
+
+Knows asyncio and the engine's messages; nothing about gRPC.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
+from itertools import count
+
+from loraplex.server.engine.commands import (
+    AbortRequest,
+    AddRequest,
+    ForgetAdapter,
+    PinAdapter,
+    Stop,
+    UnpinAdapter,
+)
+from loraplex.server.engine.engine import Engine, Publish
+from loraplex.server.engine.request import GenerationRequest, RequestOutput
+from loraplex.server.errors import EngineError, UnavailableError
+
+logger = logging.getLogger(__name__)
+
+
+class EngineClient:
+    """Runs an engine on a thread of its own and gives each request its stream of outputs.
+
+    Make it, and call its coroutines, on one event loop.
+    """
+
+    def __init__(self, make_engine: Callable[[Publish], Engine]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._streams: dict[str, asyncio.Queue[RequestOutput]] = {}
+        self._numbers = count()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._draining = False
+        self._failure: str | None = None
+        self._engine = make_engine(self._publish)
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self.on_failure: Callable[[], None] = lambda: None
+        """Called on the event loop if the engine thread dies."""
+
+    @property
+    def resident(self) -> frozenset[str]:
+        """Digests of the adapters on the device."""
+        return self._engine.resident
+
+    @property
+    def active_requests(self) -> int:
+        """Requests that have not got their last output."""
+        return len(self._streams)
+
+    def start(self) -> None:
+        """Start the engine thread."""
+        self._thread.start()
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[RequestOutput]:
+        """Yield the outputs of `request`, the last one with `finished` set; leaving the iterator aborts the request.
+
+        Raises:
+            UnavailableError: while the server drains, or once the engine has failed.
+            LoraplexError: what the engine reports for this request.
+        """
+        if self._draining or self._failure is not None:
+            raise UnavailableError(self._failure or "the server is draining: it takes no new requests")
+        # Callers may repeat an id (a retry does); late outputs of the first must never reach the second.
+        request = replace(request, request_id=f"{request.request_id}#{next(self._numbers)}")
+        outputs: asyncio.Queue[RequestOutput] = asyncio.Queue()
+        self._streams[request.request_id] = outputs
+        self._idle.clear()
+        self._engine.submit(AddRequest(request))
+        finished = False
+        try:
+            while not finished:
+                output = await outputs.get()
+                finished = output.finished
+                if output.error is not None:
+                    raise output.error
+                yield output
+        finally:
+            if not finished:
+                self._engine.submit(AbortRequest(request.request_id))
+            del self._streams[request.request_id]
+            if not self._streams:
+                self._idle.set()
+
+    def pin(self, digest: str) -> None:
+        """Load an adapter and keep it on the device until `unpin`."""
+        self._engine.submit(PinAdapter(digest))
+
+    def unpin(self, digest: str) -> None:
+        """Let an adapter be evicted again."""
+        self._engine.submit(UnpinAdapter(digest))
+
+    def forget(self, digest: str) -> None:
+        """Drop an adapter's weights from the device when its last row ends."""
+        self._engine.submit(ForgetAdapter(digest))
+
+    async def drain(self, grace_s: float) -> bool:
+        """Take no new requests and wait up to `grace_s` seconds for the running ones; return whether all finished."""
+        self._draining = True
+        try:
+            await asyncio.wait_for(self._idle.wait(), grace_s)
+        except TimeoutError:
+            logger.warning("%d requests did not finish within the grace time of %g s", len(self._streams), grace_s)
+            return False
+        return True
+
+    async def close(self) -> None:
+        """Stop the engine; requests that still run get an UnavailableError."""
+        self._draining = True
+        self._engine.submit(Stop())
+        if self._thread.is_alive():
+            await asyncio.to_thread(self._thread.join)
+            # The outputs of the last step were handed to the loop before the thread ended; let them arrive.
+            await asyncio.sleep(0)
+
+    def _run(self) -> None:
+        try:
+            self._engine.run()
+        except Exception as error:
+            logger.critical("the engine thread died", exc_info=True)
+            message = f"the engine has failed and the server must be restarted: {type(error).__name__}: {error}"
+            self._loop.call_soon_threadsafe(self._fail_all, message)
+
+    def _publish(self, outputs: Sequence[RequestOutput]) -> None:
+        # One call a step, not one a token: waking the loop costs more than the token.
+        self._loop.call_soon_threadsafe(self._deliver, outputs)
+
+    def _deliver(self, outputs: Sequence[RequestOutput]) -> None:
+        for output in outputs:
+            stream = self._streams.get(output.request_id)
+            if stream is not None:
+                stream.put_nowait(output)
+
+    def _fail_all(self, message: str) -> None:
+        self._failure = message
+        for request_id in self._streams:
+            self._deliver([RequestOutput(request_id, finished=True, error=EngineError(message))])
+        self.on_failure()

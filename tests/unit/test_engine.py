@@ -1,0 +1,311 @@
+"""The engine around a fake model: any schedule gives every request exactly its own answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loraplex.server.engine.commands import (
+    AbortRequest,
+    AddRequest,
+    ForgetAdapter,
+    PinAdapter,
+    Stop,
+    UnpinAdapter,
+)
+from loraplex.server.engine.engine import Engine
+from loraplex.server.engine.request import FinishReason, GenerationRequest, RequestOutput, SamplingParams, Usage
+from loraplex.server.engine.stats import NullObserver, RequestStats, StepStats
+from loraplex.server.errors import (
+    DeadlineError,
+    EngineError,
+    NotFoundError,
+    ResourceExhaustedError,
+    UnavailableError,
+)
+from loraplex.server.lora.weights import PackedAdapter
+from tests.unit.fakes import FakeDecoder, expected_tokens, make_engine, packed
+
+
+@dataclass
+class Outbox:
+    """Collects what the engine publishes."""
+
+    outputs: dict[str, list[RequestOutput]] = field(default_factory=dict)
+
+    def __call__(self, outputs: Sequence[RequestOutput]) -> None:
+        for output in outputs:
+            self.outputs.setdefault(output.request_id, []).append(output)
+
+    def tokens(self, request_id: str, choice: int = 0) -> list[int]:
+        deltas = [c for o in self.outputs.get(request_id, []) for c in o.choices if c.index == choice]
+        return [t for delta in deltas for t in delta.token_ids]
+
+    def last(self, request_id: str) -> RequestOutput:
+        return self.outputs[request_id][-1]
+
+
+def request(name: str, prompt: Sequence[int], **changes: object) -> GenerationRequest:
+    names = ("max_tokens", "stop", "stop_token_ids", "ignore_eos", "n", "logprobs")
+    params = {key: changes.pop(key) for key in names if key in changes}
+    return GenerationRequest(
+        name,
+        tuple(prompt),
+        SamplingParams(seed=1, **{"max_tokens": 8, **params}),  # type: ignore[arg-type]
+        **changes,  # type: ignore[arg-type]
+    )
+
+
+def run(engine: Engine, limit: int = 5000) -> None:
+    for _ in range(limit):
+        engine.step()
+        if not engine.has_work:
+            return
+    pytest.fail("the engine still has work")
+
+
+def check_integrity(engine: Engine) -> None:
+    parts = engine._parts
+    parts.blocks.check_integrity(list(parts.scheduler.sequences()))
+    parts.slots.check_integrity()
+
+
+def test_a_request_gets_its_tokens_usage_and_reason() -> None:
+    outbox = Outbox()
+    engine = make_engine(outbox)
+    engine.submit(AddRequest(request("r", [5, 6, 7], max_tokens=6)))
+    run(engine)
+    assert outbox.tokens("r") == expected_tokens([5, 6, 7], 6)
+    last = outbox.last("r")
+    assert last.finished
+    assert last.usage == Usage(prompt_tokens=3, completion_tokens=6, cached_tokens=0)
+    assert last.choices[0].finish_reason is FinishReason.LENGTH
+
+
+Action = tuple[str, int, int, int]
+ACTIONS = st.lists(
+    st.one_of(
+        st.tuples(st.just("add"), st.integers(1, 30), st.integers(1, 20), st.integers(0, 5)),
+        st.tuples(st.just("abort"), st.integers(0, 30), st.just(0), st.just(0)),
+        st.tuples(st.just("forget"), st.integers(1, 4), st.just(0), st.just(0)),
+        st.tuples(st.just("step"), st.integers(1, 6), st.just(0), st.just(0)),
+    ),
+    max_size=40,
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    actions=ACTIONS,
+    num_blocks=st.integers(14, 30),
+    capacity=st.integers(1, 5),
+    caching=st.booleans(),
+    fanout=st.integers(1, 3),
+)
+def test_every_request_gets_its_own_answer(
+    actions: list[Action], num_blocks: int, capacity: int, caching: bool, fanout: int
+) -> None:
+    """Arrivals, cancellations, preemptions, evictions and unregistrations in any order change no request's tokens."""
+    outbox = Outbox()
+    engine = make_engine(
+        outbox, num_blocks=num_blocks, capacity=capacity, enable_prefix_caching=caching, max_model_len=56
+    )
+    added: dict[str, GenerationRequest] = {}
+    aborted: set[str] = set()
+    for kind, a, b, c in actions:
+        if kind == "add":
+            # Few different prompts, so that prefixes are shared; scale 0.5 for one adapter in three.
+            digest, scale = (f"adapter-{c}", 0.5 if c == 3 else 1.0) if c else (None, 1.0)
+            req = request(
+                f"r{len(added)}",
+                [7] * (a // 2) + [a],
+                max_tokens=b,
+                n=fanout,
+                adapter_digest=digest,
+                adapter_scale=scale,
+            )
+            added[req.request_id] = req
+            engine.submit(AddRequest(req))
+        elif kind == "abort" and f"r{a}" in added:
+            aborted.add(f"r{a}")
+            engine.submit(AbortRequest(f"r{a}"))
+        elif kind == "forget":
+            engine.submit(ForgetAdapter(f"adapter-{a}"))
+        elif kind == "step":
+            for _ in range(a):
+                engine.step()
+                check_integrity(engine)
+    run(engine)
+    check_integrity(engine)
+    for name, req in added.items():
+        count = req.params.max_tokens
+        expected = expected_tokens(req.prompt_token_ids, count, req.adapter_digest, req.adapter_scale)
+        for choice in range(fanout):
+            tokens = outbox.tokens(name, choice)
+            if name in aborted:
+                assert tokens == expected[: len(tokens)]
+            else:
+                assert tokens == expected
+    assert engine._parts.blocks.num_free_blocks == num_blocks
+
+
+def test_adapters_and_base_share_a_step() -> None:
+    outbox, decoder = Outbox(), FakeDecoder()
+    engine = make_engine(outbox, decoder=decoder)
+    for name, digest in (("a", "x"), ("b", "y"), ("c", "z"), ("d", None)):
+        engine.submit(AddRequest(request(name, [1, 2], adapter_digest=digest, max_tokens=40)))
+    run(engine)
+    assert max(decoder.batch_sizes) == 4
+    assert max(decoder.adapters_in_batch) == 3
+    assert outbox.tokens("b") == expected_tokens([1, 2], 40, "y")
+
+
+def test_an_abort_frees_row_and_blocks_at_the_next_step() -> None:
+    outbox = Outbox()
+    engine = make_engine(outbox, num_blocks=16)
+    engine.submit(AddRequest(request("r", [1] * 9, max_tokens=30)))
+    engine.step()
+    assert engine._parts.blocks.num_free_blocks < 16
+    engine.submit(AbortRequest("r"))
+    engine.step()
+    assert engine._parts.blocks.num_free_blocks == 16
+    assert not engine.has_work
+    assert not outbox.last("r").finished, "an aborted request gets no further output"
+
+
+def test_aborting_what_is_unknown_is_nothing() -> None:
+    engine = make_engine(Outbox())
+    engine.submit(AbortRequest("never"))
+    assert engine.step() is False
+
+
+def test_a_failing_step_loses_only_its_requests() -> None:
+    outbox = Outbox()
+    engine = make_engine(outbox, decoder=FakeDecoder(fail_on=99))
+    engine.submit(AddRequest(request("bad", [99])))
+    engine.step()
+    engine.submit(AddRequest(request("good", [1, 2])))
+    run(engine)
+    assert isinstance(outbox.last("bad").error, EngineError)
+    assert outbox.tokens("good") == expected_tokens([1, 2], 8)
+    check_integrity(engine)
+
+
+def test_an_adapter_that_cannot_be_loaded_fails_its_request() -> None:
+    def load(digest: str) -> PackedAdapter:
+        if digest == "gone":
+            raise NotFoundError("no such blob")
+        return packed(digest)
+
+    outbox = Outbox()
+    engine = make_engine(outbox, load=load)
+    engine.submit(AddRequest(request("r", [1], adapter_digest="gone")))
+    engine.submit(AddRequest(request("s", [1], adapter_digest="fine")))
+    run(engine)
+    assert isinstance(outbox.last("r").error, NotFoundError)
+    assert outbox.tokens("s") == expected_tokens([1], 8, "fine")
+
+
+def test_an_adapter_larger_than_the_memory_is_refused() -> None:
+    outbox = Outbox()
+    engine = make_engine(outbox, load=lambda digest: packed(digest, nbytes=1000))
+    engine.submit(AddRequest(request("r", [1], adapter_digest="huge")))
+    run(engine)
+    error = outbox.last("r").error
+    assert isinstance(error, ResourceExhaustedError)
+    assert "--adapter-device-memory" in str(error)
+
+
+def test_pins_keep_an_adapter_and_can_fill_the_memory() -> None:
+    outbox = Outbox()
+    engine = make_engine(outbox, capacity=1)
+    engine.submit(PinAdapter("pinned"))
+    while engine.resident != {"pinned"}:
+        engine.step()
+    engine.submit(AddRequest(request("r", [1], adapter_digest="other")))
+    run(engine)
+    assert isinstance(outbox.last("r").error, ResourceExhaustedError)
+    engine.submit(UnpinAdapter("pinned"))
+    engine.submit(AddRequest(request("s", [1], adapter_digest="other")))
+    run(engine)
+    assert outbox.tokens("s") == expected_tokens([1], 8, "other")
+
+
+def test_a_passed_deadline_ends_the_request() -> None:
+    outbox = Outbox()
+    engine = make_engine(outbox)
+    engine.submit(AddRequest(request("r", [1], deadline=0.0)))
+    run(engine)
+    assert isinstance(outbox.last("r").error, DeadlineError)
+
+
+def test_stop_tells_the_living() -> None:
+    outbox = Outbox()
+    engine = make_engine(outbox)
+    engine.submit(AddRequest(request("r", [1], max_tokens=100)))
+    engine.submit(Stop())
+    engine.run()
+    assert isinstance(outbox.last("r").error, UnavailableError)
+
+
+@pytest.mark.parametrize("at", [0, 3])
+def test_a_stop_token_ends_the_choice(at: int) -> None:
+    tokens = expected_tokens([1, 2, 3], 8)
+    outbox = Outbox()
+    engine = make_engine(outbox)
+    engine.submit(AddRequest(request("r", [1, 2, 3], stop_token_ids=(tokens[at],))))
+    run(engine)
+    assert outbox.tokens("r") == tokens[: tokens.index(tokens[at]) + 1]
+    assert outbox.last("r").choices[0].finish_reason is FinishReason.STOP
+
+
+def test_the_context_ends_a_choice() -> None:
+    outbox = Outbox()
+    engine = make_engine(outbox, max_model_len=10)
+    engine.submit(AddRequest(request("r", [1] * 6, max_tokens=100)))
+    run(engine)
+    assert len(outbox.tokens("r")) == 4
+    assert outbox.last("r").choices[0].finish_reason is FinishReason.LENGTH
+
+
+def test_later_choices_find_the_prompt_in_the_cache() -> None:
+    outbox, decoder = Outbox(), FakeDecoder()
+    engine = make_engine(outbox, decoder=decoder)
+    engine.submit(AddRequest(request("r", [1] * 9, n=3, max_tokens=2)))
+    run(engine)
+    assert [outbox.tokens("r", choice) for choice in range(3)] == [expected_tokens([1] * 9, 2)] * 3
+    assert engine._parts.scheduler.prefix_hits == 16, "two choices found two blocks each"
+    assert outbox.last("r").usage == Usage(9, 6, 0)
+
+
+class Recorder(NullObserver):
+    """Keeps what the engine reports."""
+
+    def __init__(self) -> None:
+        self.steps: list[StepStats] = []
+        self.requests: list[RequestStats] = []
+
+    def on_step(self, stats: StepStats) -> None:
+        self.steps.append(stats)
+
+    def on_request(self, stats: RequestStats) -> None:
+        self.requests.append(stats)
+
+
+def test_the_observer_sees_every_token_and_request_once() -> None:
+    recorder = Recorder()
+    engine = make_engine(Outbox(), observer=recorder, num_blocks=14, max_model_len=56)
+    for index in range(6):
+        engine.submit(AddRequest(request(f"r{index}", [index] * 9, max_tokens=20, adapter_name=f"n{index}")))
+    run(engine)
+    tokens = [token for step in recorder.steps for token in step.tokens]
+    assert len(tokens) == 6 * 20
+    assert sum(token.prompt_tokens for token in tokens) == 6 * 9
+    assert sum(token.time_to_first_token_s is not None for token in tokens) == 6
+    assert len(recorder.requests) == 6
+    assert recorder.steps[-1].num_preemptions > 0, "the pool was meant to be too small"
+    assert recorder.steps[-1].num_running == 0
