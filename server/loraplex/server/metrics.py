@@ -77,6 +77,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._adapter_labels: set[str] = set()
         self._rate = TokenRate(clock=clock)
+        self._most_adapters = 0
         self._seen = {"queries": 0, "hits": 0, "preemptions": 0, "loads": 0, "evictions": 0}
         self._define_tokens()
         self._define_latencies()
@@ -118,6 +119,8 @@ class Metrics:
         self._step_tokens.observe(stats.num_tokens)
         self._step_s.observe(stats.duration_s)
         self._step_adapters.observe(stats.num_adapters)
+        self._most_adapters = max(self._most_adapters, stats.num_adapters)
+        self._step_adapters_max.set(self._most_adapters)
         self._running.set(stats.num_running)
         self._waiting.set(stats.num_waiting)
         self._kv_usage.set(stats.kv_cache_usage)
@@ -224,6 +227,9 @@ class Metrics:
         self._adapter_evictions = self._counter("adapter_evictions", "Adapters that left the device for another.")
         self._step_adapters = self._histogram(
             "iteration_adapters", "Distinct adapters in one step; the base does not count.", (0, 1, 2, 4, 8, 16, 32, 64)
+        )
+        self._step_adapters_max = self._gauge(
+            "iteration_adapters_max", "Most distinct adapters that shared one step since the start."
         )
         for tier in ("disk", "device"):
             self._adapters.labels(tier).set(0)

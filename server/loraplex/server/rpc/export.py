@@ -1,0 +1,132 @@
+"""ExportService: merges an adapter into the base in a process of its own and streams the progress.
+
+The process is `python -m loraplex.adapters.merge_process`: one JSON object in, JSON lines out. Serving goes on beside
+it, and what it does to memory ends with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+
+from loraplex.adapters.registry import AdapterRegistry
+from loraplex.server.errors import (
+    AlreadyExistsError,
+    EngineError,
+    InvalidRequestError,
+    LoraplexError,
+    PreconditionError,
+    ResourceExhaustedError,
+)
+from loraplex.v1 import export_pb2 as pb
+from loraplex.v1 import export_pb2_grpc
+
+_BASES = {
+    pb.MERGE_BASE_UNSPECIFIED: "full_precision",
+    pb.MERGE_BASE_FULL_PRECISION: "full_precision",
+    pb.MERGE_BASE_DEQUANTIZED: "dequantized",
+}
+_ERRORS: dict[str, type[LoraplexError]] = {
+    kind.__name__: kind for kind in (AlreadyExistsError, PreconditionError, ResourceExhaustedError)
+}
+
+
+@dataclass(frozen=True)
+class ExportSource:
+    """What is merged into: the base model's folder, and how the server quantizes it ("none" if it does not)."""
+
+    model_path: Path
+    quantization: str
+
+
+class ExportServicer(export_pb2_grpc.ExportServiceServicer):
+    """Answers MergeAdapter, one merge at a time."""
+
+    def __init__(self, registry: AdapterRegistry, source: ExportSource, export_root: Path | None) -> None:
+        self._registry = registry
+        self._source = source
+        self._root = export_root
+        self._busy = asyncio.Lock()
+
+    async def MergeAdapter(  # type: ignore[override]
+        self, request: pb.MergeAdapterRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[pb.MergeAdapterResponse]:
+        """Write the merged model below the export root; leaving the stream ends the process and leaves no output."""
+        output = self._output(request.output)
+        base = _BASES.get(request.base)
+        if base is None:
+            raise InvalidRequestError.of("base", f"unknown value {request.base}")
+        if base == "dequantized" and self._source.quantization == "none":
+            raise PreconditionError("the base model is not quantized: merge into MERGE_BASE_FULL_PRECISION")
+        record = await asyncio.to_thread(self._registry.acquire, request.adapter)
+        try:
+            job = {
+                "model_dir": str(self._source.model_path),
+                "adapter_dir": str(self._registry.folder(record.digest)),
+                "output": str(output),
+                "base": base,
+                "quantization": None if base == "full_precision" else self._source.quantization,
+                "scale": request.scale if request.HasField("scale") else 1.0,
+            }
+            async with self._busy, aclosing(_run_job(job)) as progress:
+                async for done, total in progress:
+                    yield pb.MergeAdapterResponse(modules_done=done, modules_total=total)
+            yield pb.MergeAdapterResponse(
+                modules_done=done, modules_total=total, output_path=str(output), adapter_digest=record.digest
+            )
+        finally:
+            self._registry.release(record.digest)
+
+    def _output(self, relative: str) -> Path:
+        if self._root is None:
+            raise PreconditionError("exports are off: start the server with --export-root DIR")
+        if not relative:
+            raise InvalidRequestError.of("output", "is empty: name a folder below the export root")
+        root = self._root.resolve()
+        output = (root / relative).resolve()
+        if output == root or not output.is_relative_to(root):
+            raise InvalidRequestError.of("output", f"{relative!r} does not lie below the export root")
+        if output.exists():
+            raise AlreadyExistsError(f"{relative!r} exists below the export root: choose another output")
+        return output
+
+
+async def _run_job(job: dict[str, Any]) -> AsyncIterator[tuple[int, int]]:
+    """Run the merge process; yield (modules done, modules in all).
+
+    Raises:
+        LoraplexError: what the process reports.
+        EngineError: if it dies without a word.
+    """
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "loraplex.adapters.merge_process",
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        process.stdin.write(json.dumps(job).encode())
+        process.stdin.close()
+        async for line in process.stdout:
+            event = json.loads(line)
+            if "error" in event:
+                raise _ERRORS.get(event["error"], LoraplexError)(event["message"])
+            yield event["done"], event["total"]
+        if await process.wait() != 0:
+            raise EngineError(f"the merge process ended with status {process.returncode}; the server's log has more")
+    finally:
+        if process.returncode is None:
+            # SIGTERM, not SIGKILL: the process removes its half-written folder.
+            process.terminate()
+            await process.wait()

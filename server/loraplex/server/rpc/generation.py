@@ -1,0 +1,239 @@
+"""GenerationService: turns messages into engine requests and engine outputs into messages."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator
+from concurrent.futures import Executor, Future
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+import grpc.aio
+
+from loraplex.adapters.registry import AdapterRecord, AdapterRegistry
+from loraplex.server.engine.client import EngineClient
+from loraplex.server.engine.request import (
+    ChoiceDelta,
+    FinishReason,
+    GenerationRequest,
+    Logprobs,
+    RequestOutput,
+    SamplingParams,
+    Usage,
+)
+from loraplex.server.errors import InvalidRequestError
+from loraplex.server.rpc.interceptors import ADAPTER_DIGEST_KEY, REQUEST_ID_KEY, current_request_id
+from loraplex.server.tokenizer import Tokenizer
+from loraplex.v1 import generation_pb2 as pb
+from loraplex.v1 import generation_pb2_grpc
+
+DEFAULT_MAX_TOKENS = SamplingParams().max_tokens
+_FINISH_REASONS = {
+    FinishReason.STOP: pb.FINISH_REASON_STOP,
+    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
+}
+Context = grpc.aio.ServicerContext[pb.GenerateRequest, pb.GenerateResponse]
+
+
+@dataclass(frozen=True)
+class ModelLimits:
+    """What requests are checked against."""
+
+    vocab_size: int
+    max_model_len: int
+
+
+class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
+    """Answers Generate and GenerateStream from one engine."""
+
+    def __init__(
+        self,
+        engine: EngineClient,
+        registry: AdapterRegistry,
+        tokenizer: Tokenizer,
+        limits: ModelLimits,
+        executor: Executor,
+    ) -> None:
+        self._engine = engine
+        self._registry = registry
+        self._tokenizer = tokenizer
+        self._limits = limits
+        self._executor = executor
+
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:  # type: ignore[override]
+        """Collect the whole answer."""
+        response = pb.GenerateResponse()
+        choices: dict[int, _ChoiceText] = {}
+        async with aclosing(self._outputs(request, context)) as outputs:
+            async for output in outputs:
+                for delta in output.choices:
+                    choices.setdefault(delta.index, _ChoiceText()).add(delta)
+                if output.usage is not None:
+                    response.usage.CopyFrom(_usage(output.usage))
+                    response.adapter_digest = output.adapter_digest or ""
+        response.request_id = current_request_id.get()
+        response.choices.extend(choices[index].message(index) for index in sorted(choices))
+        return response
+
+    async def GenerateStream(  # type: ignore[override]
+        self, request: pb.GenerateRequest, context: Context
+    ) -> AsyncIterator[pb.GenerateStreamResponse]:
+        """Pass on each step's outputs as they come."""
+        async with aclosing(self._outputs(request, context)) as outputs:
+            async for output in outputs:
+                yield pb.GenerateStreamResponse(
+                    request_id=current_request_id.get(),
+                    choices=[_choice(delta) for delta in output.choices],
+                    usage=None if output.usage is None else _usage(output.usage),
+                    adapter_digest=output.adapter_digest or "",
+                )
+
+    async def _outputs(self, message: pb.GenerateRequest, context: Context) -> AsyncIterator[RequestOutput]:
+        loop = asyncio.get_running_loop()
+        remaining = context.time_remaining()
+        deadline = None if remaining is None else time.monotonic() + remaining
+        name = _adapter_name(message)
+        # On threads: neither the catalog's file nor a long prompt may hold up the event loop.
+        record = await self._acquire(name) if name else None
+        try:
+            request = await loop.run_in_executor(
+                self._executor, self._request, message, record, deadline, current_request_id.get()
+            )
+            digest = (ADAPTER_DIGEST_KEY, record.digest if record else "")
+            context.set_trailing_metadata(((REQUEST_ID_KEY, request.request_id), digest))
+            async with aclosing(self._engine.generate(request)) as outputs:
+                async for output in outputs:
+                    yield output
+        finally:
+            if record is not None:
+                # Releasing the last request of an unregistered adapter deletes files: not on the event loop.
+                self._executor.submit(self._registry.release, record.digest)
+
+    async def _acquire(self, name: str) -> AdapterRecord:
+        """Resolve and pin a version; a caller that goes away meanwhile leaves no pin behind."""
+        future = self._executor.submit(self._registry.acquire, name)
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            future.add_done_callback(self._release_result)
+            raise
+
+    def _release_result(self, acquired: Future[AdapterRecord]) -> None:
+        if not acquired.cancelled() and acquired.exception() is None:
+            self._registry.release(acquired.result().digest)
+
+    def _request(
+        self, message: pb.GenerateRequest, record: AdapterRecord | None, deadline: float | None, request_id: str
+    ) -> GenerationRequest:
+        tokens = self._prompt(message, record)
+        room = self._limits.max_model_len - len(tokens)
+        request = GenerationRequest(
+            request_id=request_id,
+            prompt_token_ids=tuple(tokens),
+            params=sampling_params(message.sampling, default_max_tokens=max(1, min(DEFAULT_MAX_TOKENS, room))),
+            adapter_digest=record.digest if record else None,
+            adapter_scale=_adapter_scale(message),
+            adapter_name=record.name if record else "",
+            cache_salt=message.cache_salt,
+            tenant=message.tenant,
+            deadline=deadline,
+        )
+        request.validate(self._limits.vocab_size, self._limits.max_model_len)
+        return request
+
+    def _prompt(self, message: pb.GenerateRequest, record: AdapterRecord | None) -> list[int]:
+        match message.WhichOneof("prompt"):
+            case "text":
+                return self._tokenizer.encode(message.text) if message.text else []
+            case "chat":
+                messages = [(m.role, m.content) for m in message.chat.messages]
+                template = self._registry.chat_template(record.digest) if record else None
+                return self._tokenizer.apply_chat_template(messages, template)
+            case "tokens":
+                return list(message.tokens.token_ids)
+            case _:
+                raise InvalidRequestError.of("prompt", "is missing: set text, chat or tokens")
+
+
+@dataclass
+class _ChoiceText:
+    """One choice, collected."""
+
+    text: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[Logprobs] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+    def add(self, delta: ChoiceDelta) -> None:
+        self.text.append(delta.text)
+        self.token_ids.extend(delta.token_ids)
+        self.logprobs.extend(delta.logprobs)
+        self.finish_reason = delta.finish_reason
+
+    def message(self, index: int) -> pb.Choice:
+        whole = ChoiceDelta(index, "".join(self.text), tuple(self.token_ids), tuple(self.logprobs), self.finish_reason)
+        return _choice(whole)
+
+
+def sampling_params(message: pb.SamplingParameters, default_max_tokens: int) -> SamplingParams:
+    """Read a message; what is unset takes the default, the seed a fresh draw. Zero is a value."""
+    optional = (
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "repetition_penalty",
+        "presence_penalty",
+        "frequency_penalty",
+        "ignore_eos",
+        "logprobs",
+        "n",
+    )
+    given = {name: getattr(message, name) for name in optional if message.HasField(name)}  # type: ignore[arg-type]
+    return SamplingParams(
+        max_tokens=message.max_tokens if message.HasField("max_tokens") else default_max_tokens,
+        seed=message.seed if message.HasField("seed") else secrets.randbits(63),
+        stop=tuple(message.stop),
+        stop_token_ids=tuple(message.stop_token_ids),
+        **given,
+    )
+
+
+def _adapter_name(message: pb.GenerateRequest) -> str:
+    if len(message.adapters) > 1:
+        raise InvalidRequestError.of("adapters", "blends are not supported yet: name one adapter")
+    return message.adapters[0].name if message.adapters else ""
+
+
+def _adapter_scale(message: pb.GenerateRequest) -> float:
+    if message.adapters and message.adapters[0].HasField("scale"):
+        return float(message.adapters[0].scale)
+    return 1.0
+
+
+def _choice(delta: ChoiceDelta) -> pb.Choice:
+    reason = pb.FINISH_REASON_UNSPECIFIED if delta.finish_reason is None else _FINISH_REASONS[delta.finish_reason]
+    return pb.Choice(
+        index=delta.index,
+        text=delta.text,
+        token_ids=delta.token_ids,
+        logprobs=[_logprobs(entry) for entry in delta.logprobs],
+        finish_reason=reason,
+    )
+
+
+def _logprobs(entry: Logprobs) -> pb.TokenLogprobs:
+    return pb.TokenLogprobs(
+        chosen=pb.TokenLogprob(token_id=entry.token_id, logprob=entry.logprob),
+        top=[pb.TokenLogprob(token_id=token_id, logprob=logprob) for token_id, logprob in entry.top],
+    )
+
+
+def _usage(usage: Usage) -> pb.Usage:
+    return pb.Usage(
+        prompt_tokens=usage.prompt_tokens,
+        completion_tokens=usage.completion_tokens,
+        cached_tokens=usage.cached_tokens,
+    )

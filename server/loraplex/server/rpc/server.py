@@ -1,0 +1,278 @@
+"""Start and stop of the whole server: model, engine, registry, services, health, metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+import signal
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
+from grpc_reflection.v1alpha import reflection
+
+from loraplex.adapters.registry import AdapterRegistry
+from loraplex.server.config import ServerConfig
+from loraplex.server.engine.build import build_engine, engine_limits
+from loraplex.server.engine.client import EngineClient
+from loraplex.server.errors import LoraplexError, ModelLoadError
+from loraplex.server.metrics import Metrics
+from loraplex.server.models.loader import LoadedModel, load_model
+from loraplex.server.rpc.adapters import AdapterServicer
+from loraplex.server.rpc.export import ExportServicer, ExportSource
+from loraplex.server.rpc.generation import GenerationServicer, ModelLimits
+from loraplex.server.rpc.interceptors import CallInterceptor
+from loraplex.server.rpc.server_info import ServerServicer, server_info
+from loraplex.server.tokenizer import Tokenizer
+from loraplex.v1 import (
+    adapter_pb2,
+    adapter_pb2_grpc,
+    export_pb2,
+    export_pb2_grpc,
+    generation_pb2,
+    generation_pb2_grpc,
+    server_pb2,
+    server_pb2_grpc,
+)
+
+logger = logging.getLogger(__name__)
+
+SERVICES = tuple(
+    module.DESCRIPTOR.services_by_name[name].full_name
+    for module, name in (
+        (generation_pb2, "GenerationService"),
+        (adapter_pb2, "AdapterService"),
+        (export_pb2, "ExportService"),
+        (server_pb2, "ServerService"),
+    )
+)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What a running server holds and must give back."""
+
+    grpc_server: grpc.aio.Server
+    health: HealthServicer
+    engine: EngineClient
+    registry: AdapterRegistry
+    executor: ThreadPoolExecutor
+    stop_metrics: Callable[[], None]
+    temporary: Path | None
+
+
+class Server:
+    """A serving process's one server; made by `start`."""
+
+    def __init__(self, config: ServerConfig, parts: _Parts, port: int, metrics_port: int) -> None:
+        self.port = port
+        """The gRPC port that was taken; differs from the configured one if that is 0."""
+        self.metrics_port = metrics_port
+        self.failed = asyncio.Event()
+        """Set if the engine dies."""
+        self._config = config
+        self._parts = parts
+        parts.engine.on_failure = self._on_failure
+
+    @classmethod
+    async def start(cls, config: ServerConfig) -> Server:
+        """Take the ports, load the model, register the configured adapters and begin to serve.
+
+        Raises:
+            OSError: if a port is taken.
+            ModelLoadError: if the model cannot be served.
+        """
+        grpc_server = grpc.aio.server(interceptors=[CallInterceptor()], options=_channel_options(config))
+        port = _bind(grpc_server, config.host, config.port)
+        metrics = Metrics()
+        # The ports first: a taken one is found before the model is loaded, not after.
+        metrics_port, stop_metrics = metrics.serve(config.metrics_host, config.metrics_port)
+        try:
+            parts = await _assemble(config, grpc_server, metrics, stop_metrics)
+        except BaseException:
+            stop_metrics()
+            raise
+        await grpc_server.start()
+        await _set_health(parts.health, health_pb2.HealthCheckResponse.SERVING)
+        return cls(config, parts, port, metrics_port)
+
+    async def stop(self, grace_s: float | None = None) -> None:
+        """Say NOT_SERVING, refuse what is new, let what runs finish within the grace time, then end the rest."""
+        grace = self._config.grace_period_s if grace_s is None else grace_s
+        parts = self._parts
+        await _set_health(parts.health, health_pb2.HealthCheckResponse.NOT_SERVING)
+        await parts.engine.drain(grace)
+        await parts.engine.close()
+        # A second for the last replies to reach their clients.
+        await parts.grpc_server.stop(1.0)
+        await asyncio.to_thread(parts.stop_metrics)
+        parts.executor.shutdown(wait=True)
+        parts.registry.close()
+        if parts.temporary is not None:
+            shutil.rmtree(parts.temporary, ignore_errors=True)
+
+    def _on_failure(self) -> None:
+        self.failed.set()
+
+
+async def serve(config: ServerConfig, on_ready: Callable[[Server], None] = lambda _: None) -> None:
+    """Serve until SIGINT or SIGTERM, then stop gracefully; a second signal stops at once.
+
+    Raises:
+        LoraplexError, OSError: if the server cannot start.
+        EngineError: if the engine dies.
+    """
+    loop = asyncio.get_running_loop()
+    stop_now = asyncio.Event()
+    stop_soon = asyncio.Event()
+
+    def on_signal() -> None:
+        (stop_now if stop_soon.is_set() else stop_soon).set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, on_signal)
+    server = await Server.start(config)
+    on_ready(server)
+    await _first(stop_soon.wait(), server.failed.wait())
+    if not server.failed.is_set():
+        logger.info("stopping: running requests have %g s to finish", config.grace_period_s)
+    stopping = asyncio.create_task(server.stop(0 if server.failed.is_set() else None))
+    await _first(asyncio.shield(stopping), stop_now.wait())
+    if not stopping.done():
+        stopping.cancel()
+        await server.stop(0)
+    if server.failed.is_set():
+        raise LoraplexError("the engine died; its log has the reason")
+
+
+async def _first(*waits: object) -> None:
+    tasks = [asyncio.ensure_future(wait) for wait in waits]  # type: ignore[call-overload]
+    _, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in pending:
+        task.cancel()
+
+
+def _channel_options(config: ServerConfig) -> Sequence[tuple[str, int]]:
+    return (
+        ("grpc.max_receive_message_length", config.max_message_bytes),
+        ("grpc.max_send_message_length", config.max_message_bytes),
+        # Without this a second server on the same port would start and take half of the requests.
+        ("grpc.so_reuseport", 0),
+        ("grpc.keepalive_time_ms", 60_000),
+        ("grpc.keepalive_timeout_ms", 20_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    )
+
+
+def _bind(grpc_server: grpc.aio.Server, host: str, port: int) -> int:
+    try:
+        return grpc_server.add_insecure_port(f"{host}:{port}")
+    except RuntimeError as error:
+        raise OSError(f"cannot listen on {host}:{port}: the port is taken or the address is not ours") from error
+
+
+async def _assemble(
+    config: ServerConfig, grpc_server: grpc.aio.Server, metrics: Metrics, stop_metrics: Callable[[], None]
+) -> _Parts:
+    model = await asyncio.to_thread(load_model_and_threads, config)
+    tokenizer = await asyncio.to_thread(Tokenizer.load, model.path)
+    limits = engine_limits(model, config.engine)
+    temporary = Path(tempfile.mkdtemp(prefix="loraplex-")) if config.state_dir is None else None
+    registry = AdapterRegistry(
+        config.state_dir or temporary or Path(), model.base, (*config.adapter_roots, *config.adapters)
+    )
+    engine = EngineClient(
+        lambda publish: build_engine(model, tokenizer, config.engine, registry.load, metrics, publish)
+    )
+    await asyncio.to_thread(register_folders, registry, config.adapters)
+    for warning in registry.warnings:
+        logger.warning("adapter %s", warning)
+    metrics.set_registered(registry.count())
+    metrics.set_model(_model_labels(config, model))
+    # Tokenizing, the catalog and uploads; the matrix products have their own threads.
+    executor = ThreadPoolExecutor(max_workers=4, thread_name_prefix="rpc")
+    model_limits = ModelLimits(model.vocab_size, limits.max_model_len)
+    health = HealthServicer()
+    generation = GenerationServicer(engine, registry, tokenizer, model_limits, executor)
+    generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, grpc_server)
+    adapter_pb2_grpc.add_AdapterServiceServicer_to_server(
+        AdapterServicer(registry, engine, metrics, executor), grpc_server
+    )
+    source = ExportSource(model.path, model.quantization)
+    export_pb2_grpc.add_ExportServiceServicer_to_server(
+        ExportServicer(registry, source, config.export_root), grpc_server
+    )
+    server_pb2_grpc.add_ServerServiceServicer_to_server(ServerServicer(server_info(config, model, limits)), grpc_server)
+    health_pb2_grpc.add_HealthServicer_to_server(health, grpc_server)
+    reflection.enable_server_reflection(
+        (*SERVICES, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME), grpc_server
+    )
+    engine.start()
+    return _Parts(grpc_server, health, engine, registry, executor, stop_metrics, temporary)
+
+
+def load_model_and_threads(config: ServerConfig) -> LoadedModel:
+    """Set the number of compute threads and load the base model.
+
+    Raises:
+        ModelLoadError: if it cannot be served.
+    """
+    import torch
+
+    if config.engine.threads:
+        torch.set_num_threads(config.engine.threads)
+    options = config.model
+    return load_model(
+        options.model,
+        quantization=options.quantization,
+        dtype=options.dtype,
+        device=options.device,
+        weight_execution=options.weight_execution,
+    )
+
+
+def register_folders(registry: AdapterRegistry, folders: Sequence[Path]) -> None:
+    """Register every adapter in `folders`: a folder is an adapter or holds adapters, each named after its folder.
+
+    One that does not fit is logged and left out; the others are served.
+
+    Raises:
+        ModelLoadError: if one of `folders` does not exist.
+    """
+    for folder in folders:
+        if not folder.is_dir():
+            raise ModelLoadError(f"--adapters {folder}: no such folder")
+        own = (folder / "adapter_config.json").is_file()
+        candidates = [folder] if own else sorted(p.parent for p in folder.glob("*/adapter_config.json"))
+        if not candidates:
+            logger.warning("--adapters %s holds no adapter (no */adapter_config.json)", folder)
+        for candidate in candidates:
+            try:
+                record = registry.register(candidate.resolve().name, candidate).record
+            except LoraplexError as error:
+                logger.error("adapter %s is left out: %s", candidate, error)
+            else:
+                logger.info("adapter %s: %s, rank %d", record.name, record.digest, record.rank)
+
+
+def _model_labels(config: ServerConfig, model: LoadedModel) -> dict[str, str]:
+    return {
+        "model": config.served_model_name or Path(config.model.model).name,
+        "architecture": model.architecture,
+        "quantization": model.quantization,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device,
+    }
+
+
+async def _set_health(health: HealthServicer, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+    for service in ("", *SERVICES):
+        await health.set(service, status)
