@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import replace
 from itertools import count
 
@@ -60,7 +60,7 @@ class EngineClient:
         """Start the engine thread."""
         self._thread.start()
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[RequestOutput]:
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[RequestOutput, None]:
         """Yield the outputs of `request`, the last one with `finished` set; leaving the iterator aborts the request.
 
         Raises:

@@ -194,7 +194,7 @@ class Scheduler:
         yield from tuple(self._preempted)
         closed: set[AdapterKey] = set()
         while heads := [(key, queue[0]) for key, queue in self._waiting.items() if key not in closed]:
-            key, head = min(heads, key=lambda item: self._rank(*item, rows, now))
+            key, head = min(heads, key=lambda item: self._rank(item[0], item[1], rows, now))
             yield head
             if head.status is SequenceStatus.WAITING:
                 closed.add(key)

@@ -12,7 +12,8 @@ import grpc.aio
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from loraplex.adapters.binding import BindReport
-from loraplex.adapters.registry import AdapterRecord, AdapterRegistry, Registration
+from loraplex.adapters.records import AdapterRecord, Registration
+from loraplex.adapters.registry import AdapterRegistry
 from loraplex.server.engine.client import EngineClient
 from loraplex.server.errors import InvalidRequestError
 from loraplex.server.metrics import Metrics
@@ -35,7 +36,7 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
         self._executor = executor
         self._pinned: set[str] = set()
 
-    async def RegisterAdapter(self, request: pb.RegisterAdapterRequest, context: Context) -> pb.RegisterAdapterResponse:  # type: ignore[override]
+    async def RegisterAdapter(self, request: pb.RegisterAdapterRequest, context: Context) -> pb.RegisterAdapterResponse:
         """Register a folder on the server's disk."""
         if not request.path:
             raise InvalidRequestError.of("path", "is empty: give the adapter's folder on the server")
@@ -47,7 +48,7 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
             adapter=self._message(registration.record), previous_digest=registration.previous_digest or ""
         )
 
-    async def UploadAdapter(  # type: ignore[override]
+    async def UploadAdapter(
         self, request_iterator: AsyncIterator[pb.UploadAdapterRequest], context: Context
     ) -> pb.UploadAdapterResponse:
         """Take an adapter's files, then register them like a folder."""
@@ -57,7 +58,7 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
             adapter=self._message(registration.record), previous_digest=registration.previous_digest or ""
         )
 
-    async def UnregisterAdapter(  # type: ignore[override]
+    async def UnregisterAdapter(
         self, request: pb.UnregisterAdapterRequest, context: Context
     ) -> pb.UnregisterAdapterResponse:
         """Take the name away; requests in flight go on."""
@@ -68,7 +69,7 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
         await self._count()
         return pb.UnregisterAdapterResponse(digest=gone.digest, active_requests=gone.active_requests)
 
-    async def ListAdapters(self, request: pb.ListAdaptersRequest, context: Context) -> pb.ListAdaptersResponse:  # type: ignore[override]
+    async def ListAdapters(self, request: pb.ListAdaptersRequest, context: Context) -> pb.ListAdaptersResponse:
         """Return one page, by name."""
         if request.page_size < 0:
             raise InvalidRequestError.of("page_size", f"must not be negative, got {request.page_size}")
@@ -82,41 +83,41 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
             adapters=[self._message(record) for record in page.records], next_page_token=page.next_page_token
         )
 
-    async def GetAdapter(self, request: pb.GetAdapterRequest, context: Context) -> pb.GetAdapterResponse:  # type: ignore[override]
+    async def GetAdapter(self, request: pb.GetAdapterRequest, context: Context) -> pb.GetAdapterResponse:
         """Return one adapter, by name, alias or name@digest."""
         return pb.GetAdapterResponse(adapter=self._message(await self._call(self._registry.get, request.name)))
 
-    async def UpdateAdapter(self, request: pb.UpdateAdapterRequest, context: Context) -> pb.UpdateAdapterResponse:  # type: ignore[override]
+    async def UpdateAdapter(self, request: pb.UpdateAdapterRequest, context: Context) -> pb.UpdateAdapterResponse:
         """Change what may change without a new version."""
         description = request.description if request.HasField("description") else None
         record = await self._call(self._registry.update, request.name, description=description)
         return pb.UpdateAdapterResponse(adapter=self._message(record))
 
-    async def PinAdapter(self, request: pb.PinAdapterRequest, context: Context) -> pb.PinAdapterResponse:  # type: ignore[override]
+    async def PinAdapter(self, request: pb.PinAdapterRequest, context: Context) -> pb.PinAdapterResponse:
         """Load the adapter and keep it on the device."""
         record = await self._call(self._registry.get, request.name)
         self._pinned.add(record.digest)
         self._engine.pin(record.digest)
         return pb.PinAdapterResponse(adapter=self._message(record))
 
-    async def UnpinAdapter(self, request: pb.UnpinAdapterRequest, context: Context) -> pb.UnpinAdapterResponse:  # type: ignore[override]
+    async def UnpinAdapter(self, request: pb.UnpinAdapterRequest, context: Context) -> pb.UnpinAdapterResponse:
         """Let the adapter go like any other."""
         record = await self._call(self._registry.get, request.name)
         self._pinned.discard(record.digest)
         self._engine.unpin(record.digest)
         return pb.UnpinAdapterResponse(adapter=self._message(record))
 
-    async def SetAlias(self, request: pb.SetAliasRequest, context: Context) -> pb.SetAliasResponse:  # type: ignore[override]
+    async def SetAlias(self, request: pb.SetAliasRequest, context: Context) -> pb.SetAliasResponse:
         """Make or move an alias."""
         previous = await self._call(self._registry.set_alias, request.alias, request.name)
         return pb.SetAliasResponse(previous_name=previous or "")
 
-    async def DeleteAlias(self, request: pb.DeleteAliasRequest, context: Context) -> pb.DeleteAliasResponse:  # type: ignore[override]
+    async def DeleteAlias(self, request: pb.DeleteAliasRequest, context: Context) -> pb.DeleteAliasResponse:
         """Remove an alias; the adapter stays."""
         await self._call(self._registry.delete_alias, request.alias)
         return pb.DeleteAliasResponse()
 
-    async def GetBindReport(self, request: pb.GetBindReportRequest, context: Context) -> pb.GetBindReportResponse:  # type: ignore[override]
+    async def GetBindReport(self, request: pb.GetBindReportRequest, context: Context) -> pb.GetBindReportResponse:
         """Return the findings on every tensor of a refused adapter."""
         report = await self._call(self._registry.bind_report, request.report_id)
         return _report(request.report_id, report)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +56,7 @@ class ExportServicer(export_pb2_grpc.ExportServiceServicer):
         self._root = export_root
         self._busy = asyncio.Lock()
 
-    async def MergeAdapter(  # type: ignore[override]
+    async def MergeAdapter(
         self, request: pb.MergeAdapterRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[pb.MergeAdapterResponse]:
         """Write the merged model below the export root; leaving the stream ends the process and leaves no output."""
@@ -99,7 +99,7 @@ class ExportServicer(export_pb2_grpc.ExportServiceServicer):
         return output
 
 
-async def _run_job(job: dict[str, Any]) -> AsyncIterator[tuple[int, int]]:
+async def _run_job(job: dict[str, Any]) -> AsyncGenerator[tuple[int, int], None]:
     """Run the merge process; yield (modules done, modules in all).
 
     Raises:

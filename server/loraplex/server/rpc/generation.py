@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from concurrent.futures import Executor, Future
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
 import grpc.aio
 
-from loraplex.adapters.registry import AdapterRecord, AdapterRegistry
+from loraplex.adapters.records import AdapterRecord
+from loraplex.adapters.registry import AdapterRegistry
 from loraplex.server.engine.client import EngineClient
 from loraplex.server.engine.request import (
     ChoiceDelta,
@@ -62,7 +63,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         self._limits = limits
         self._executor = executor
 
-    async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:  # type: ignore[override]
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
         """Collect the whole answer."""
         response = pb.GenerateResponse()
         choices: dict[int, _ChoiceText] = {}
@@ -77,7 +78,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         response.choices.extend(choices[index].message(index) for index in sorted(choices))
         return response
 
-    async def GenerateStream(  # type: ignore[override]
+    async def GenerateStream(
         self, request: pb.GenerateRequest, context: Context
     ) -> AsyncIterator[pb.GenerateStreamResponse]:
         """Pass on each step's outputs as they come."""
@@ -90,7 +91,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
                     adapter_digest=output.adapter_digest or "",
                 )
 
-    async def _outputs(self, message: pb.GenerateRequest, context: Context) -> AsyncIterator[RequestOutput]:
+    async def _outputs(self, message: pb.GenerateRequest, context: Context) -> AsyncGenerator[RequestOutput, None]:
         loop = asyncio.get_running_loop()
         remaining = context.time_remaining()
         deadline = None if remaining is None else time.monotonic() + remaining

@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeAlias
 
 import grpc
 import grpc.aio
@@ -24,11 +24,11 @@ MAX_REQUEST_ID = 128
 current_request_id: ContextVar[str] = ContextVar("current_request_id")
 """The id of the call that runs in this context."""
 
-Handler = grpc.RpcMethodHandler
-Context = grpc.aio.ServicerContext
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+Context = grpc.aio.ServicerContext[Any, Any]
 
 
-class CallInterceptor(grpc.aio.ServerInterceptor):
+class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     """Wraps every handler of loraplex.v1; leaves health and reflection alone."""
 
     async def intercept_service(

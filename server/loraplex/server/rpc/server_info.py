@@ -42,7 +42,7 @@ class ServerServicer(server_pb2_grpc.ServerServiceServicer):
     def __init__(self, info: pb.GetServerInfoResponse) -> None:
         self._info = info
 
-    async def GetServerInfo(  # type: ignore[override]
+    async def GetServerInfo(
         self,
         request: pb.GetServerInfoRequest,
         context: grpc.aio.ServicerContext[pb.GetServerInfoRequest, pb.GetServerInfoResponse],

@@ -6,7 +6,8 @@ import asyncio
 from collections.abc import AsyncIterator
 from concurrent.futures import Executor
 
-from loraplex.adapters.registry import AdapterRegistry, Registration
+from loraplex.adapters.records import Registration
+from loraplex.adapters.registry import AdapterRegistry
 from loraplex.adapters.upload import UploadFile, UploadStager
 from loraplex.server.errors import InvalidRequestError
 from loraplex.v1 import adapter_pb2 as pb
