@@ -148,6 +148,7 @@ async def test_merge(both: Both, server: FakeServer) -> None:
     stream = both.client.merge_adapter("a", "out", base=MergeBase.DEQUANTIZED, scale=0.5)
     received = [progress async for progress in both.items(stream)]
     assert received == [MergeProgress(1, 2), MergeProgress(2, 2, "/exports/m", DIGEST)]
+    assert await both.finish(stream, "result") == received[-1]
     (seen,) = server.seen["MergeAdapter"]
     assert (seen.request.base, seen.request.scale) == (export_pb2.MERGE_BASE_DEQUANTIZED, 0.5)
     assert (await both.finish(both.client.merge_adapter("a", "out"), "result")).output_path == "/exports/m"

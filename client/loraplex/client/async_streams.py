@@ -110,13 +110,23 @@ class AsyncGenerationStream(AsyncStream[GenerationPiece]):
 class AsyncMergeStream(AsyncStream[MergeProgress]):
     """The progress of one merge."""
 
+    _last: MergeProgress | None = None
+
+    async def __anext__(self) -> MergeProgress:
+        """Wait for the next message.
+
+        Raises:
+            LoraplexClientError: when the call fails.
+        """
+        self._last = await super().__anext__()
+        return self._last
+
     async def result(self) -> MergeProgress:
         """Read what is left and return the last message: the folder that was written and the adapter's digest.
 
         Raises:
             LoraplexClientError: when the call fails.
         """
-        last = None
-        async for progress in self:
-            last = progress
-        return finished_merge(last, self.request_id)
+        async for _ in self:
+            pass
+        return finished_merge(self._last, self.request_id)

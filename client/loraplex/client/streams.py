@@ -104,16 +104,26 @@ class GenerationStream(Stream[GenerationPiece]):
 class MergeStream(Stream[MergeProgress]):
     """The progress of one merge."""
 
+    _last: MergeProgress | None = None
+
+    def __next__(self) -> MergeProgress:
+        """Wait for the next message.
+
+        Raises:
+            LoraplexClientError: when the call fails.
+        """
+        self._last = super().__next__()
+        return self._last
+
     def result(self) -> MergeProgress:
         """Read what is left and return the last message: the folder that was written and the adapter's digest.
 
         Raises:
             LoraplexClientError: when the call fails.
         """
-        last = None
-        for progress in self:
-            last = progress
-        return finished_merge(last, self.request_id)
+        for _ in self:
+            pass
+        return finished_merge(self._last, self.request_id)
 
 
 def finished_merge(last: MergeProgress | None, request_id: str) -> MergeProgress:
