@@ -1,0 +1,364 @@
+"""The command, against a scripted server: what it sends, what it writes where, and its exit status."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2
+from typer.testing import CliRunner, Result
+
+from loraplex.cli import connection, serve
+from loraplex.cli.main import app
+from loraplex.cli.sizes import format_size, parse_size
+from loraplex.client import DEFAULT_TARGET
+from loraplex.server.config import MIB, EngineConfig, ModelConfig, ServerConfig
+from loraplex.v1 import adapter_pb2, export_pb2
+from tests.unit.fake_server import DIGEST, FakeServer, answer, error_info, fail, hang, pieces, then_fail
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def server() -> Iterator[FakeServer]:
+    with FakeServer() as server:
+        yield server
+
+
+@pytest.fixture
+def run(server: FakeServer) -> Run:
+    """Run the command with its default server set to the fake one."""
+
+    def invoke(*arguments: object, stdin: str | None = None, **environ: str) -> Result:
+        environ = {"LORAPLEX_SERVER": server.target, "COLUMNS": "200"} | environ
+        return CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin, env=environ)
+
+    return invoke
+
+
+def ok(result: Result) -> str:
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_generate_streams_the_answer_and_nothing_else_to_stdout(run: Run, server: FakeServer) -> None:
+    result = run("generate", "hi", "--adapter", "sql", "--scale", 0.5, "--max-tokens", 3, "--stop", "a", "--stop", "b")
+    assert (ok(result), result.stderr) == ("Hello wörld\n", "")
+    request = server.seen["GenerateStream"][0].request
+    assert [(message.role, message.content) for message in request.chat.messages] == [("user", "hi")]
+    assert (request.adapters[0].name, request.adapters[0].scale) == ("sql", 0.5)
+    assert (request.sampling.max_tokens, list(request.sampling.stop)) == (3, ["a", "b"])
+    assert not request.sampling.HasField("temperature")
+    assert not request.sampling.HasField("ignore_eos")
+
+
+def test_generate_ends_with_one_newline(run: Run, server: FakeServer) -> None:
+    server.script["GenerateStream"].append(answer(pieces("a\n")))
+    assert ok(run("generate", "hi")) == "a\n"
+
+
+def test_generate_shows_text_as_it_is(run: Run, server: FakeServer) -> None:
+    server.script["GenerateStream"].append(answer(pieces("[bold]a[/bold] :smile:")))
+    assert ok(run("generate", "hi")) == "[bold]a[/bold] :smile:\n"
+
+
+def test_generate_raw_with_every_sampling_option(run: Run, server: FakeServer) -> None:
+    options = {
+        "temperature": 0.5,
+        "top_p": 0.25,
+        "top_k": 4,
+        "min_p": 0.125,
+        "repetition_penalty": 1.5,
+        "presence_penalty": -1.0,
+        "frequency_penalty": 0.75,
+        "seed": 2**64 - 1,
+    }
+    arguments = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", value)]
+    ok(run("generate", "hi", "--raw", *arguments, "--stop-token-id", 5, "--stop-token-id", 6, "--ignore-eos"))
+    request = server.seen["GenerateStream"][0].request
+    assert request.text == "hi"
+    assert {name: getattr(request.sampling, name) for name in options} == options
+    assert (list(request.sampling.stop_token_ids), request.sampling.ignore_eos) == ([5, 6], True)
+
+
+def test_generate_reads_the_prompt_from_stdin(run: Run, server: FakeServer) -> None:
+    ok(run("generate", "-", "--system", "be brief", stdin="line\n\n"))
+    messages = server.seen["GenerateStream"][0].request.chat.messages
+    assert [(message.role, message.content) for message in messages] == [("system", "be brief"), ("user", "line\n")]
+
+
+def test_generate_json(run: Run, server: FakeServer) -> None:
+    document = json.loads(ok(run("generate", "hi", "--json", "--logprobs", 2)))
+    assert document["choices"][0]["text"] == "base says hi"
+    assert document["choices"][0]["finish_reason"] == "length"
+    assert document["usage"] == {"prompt_tokens": 3, "completion_tokens": 4, "cached_tokens": 2}
+    assert document["adapter_digest"] == DIGEST
+    assert server.seen["Generate"][0].request.sampling.logprobs == 2
+
+
+def test_generate_several_choices(run: Run, server: FakeServer) -> None:
+    assert ok(run("generate", "hi", "-n", 2)) == "[0] base says hi\n"
+    assert server.seen["Generate"][0].request.sampling.n == 2
+
+
+def test_generate_verbose_tells_usage_on_stderr(run: Run) -> None:
+    result = run("generate", "hi", "-v")
+    assert ok(result) == "Hello wörld\n"
+    for part in ("prompt 3 tokens (1 cached)", "output 3 tokens", "finished: stop", DIGEST):
+        assert part in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate"],
+        ["generate", "hi", "--raw", "--system", "x"],
+        ["generate", "hi", "--logprobs", "2"],
+        ["generate", "hi", "--max-tokens", "many"],
+        ["generate", "hi", "--timeout", "0"],
+        ["adapter", "alias", "prod"],
+        ["adapter", "alias", "prod", "a", "--delete"],
+        ["adapter", "upload", "a", "/nowhere"],
+        ["merge", "--adapter", "a", "--output", "o"],
+        ["merge", "--adapter", "a", "--output", "o", "--server", "x", "--model", "y"],
+        ["merge", "--adapter", "a", "--output", "o", "--server", "x", "--quantization", "nf4"],
+        ["merge", "--adapter", "a", "--output", "o", "--model", "m", "--base", "dequantized"],
+        ["serve"],
+        ["serve", "--model", "m", "--quantization", "nf5"],
+        ["serve", "--model", "m", "--kv-cache-memory", "much"],
+        ["serve", "--model", "m", "--max-num-seqs", "0"],
+        ["nothing"],
+    ],
+)
+def test_wrong_usage_has_status_2(run: Run, server: FakeServer, arguments: list[str]) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output
+    assert server.seen == {}
+
+
+def test_an_error_is_one_line(run: Run, server: FakeServer) -> None:
+    server.script["GenerateStream"].append(fail(grpc.StatusCode.NOT_FOUND, "no adapter [sql];\nthere is sql-2"))
+    result = run("generate", "hi", "--adapter", "[sql]")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == "error: no adapter [sql]; there is sql-2\n"
+
+
+def test_debug_shows_the_traceback(run: Run, server: FakeServer) -> None:
+    server.script["GenerateStream"].append(fail(grpc.StatusCode.NOT_FOUND, "no adapter sql"))
+    result = run("--debug", "generate", "hi")
+    assert (result.exit_code, str(result.exception)) == (1, "no adapter sql")
+
+
+def test_a_refused_registration_lists_what_does_not_fit(run: Run, server: FakeServer) -> None:
+    failure = error_details_pb2.PreconditionFailure()
+    failure.violations.add(type="BIND", subject="x_proj", description="the base has no x_proj")
+    info = error_info("BIND", report_id="rep-1", violation_count="24")
+    server.script["RegisterAdapter"].append(fail(grpc.StatusCode.FAILED_PRECONDITION, "does not fit", failure, info))
+    result = run("adapter", "register", "a", "/adapters/a")
+    assert result.exit_code == 1
+    assert result.stderr.splitlines() == [
+        "error: does not fit",
+        "  x_proj: the base has no x_proj",
+        "  and 23 more; all of it: loraplex adapter report rep-1",
+    ]
+
+
+def test_no_server_says_what_to_do(run: Run) -> None:
+    with FakeServer() as gone:
+        target = gone.target
+    result = run("adapter", "list", "--server", target)
+    assert result.exit_code == 1
+    assert "loraplex serve" in result.stderr
+
+
+def test_an_internal_error_names_its_request(run: Run, server: FakeServer) -> None:
+    server.script["ListAdapters"].append(fail(grpc.StatusCode.INTERNAL, "boom"))
+    assert "under request from-the-server" in run("adapter", "list").stderr
+
+
+def test_a_file_that_is_in_the_way(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "not.gguf").write_bytes(b"nothing of the kind")
+    result = run("model", "import", tmp_path / "not.gguf", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "is not a GGUF file" in result.stderr
+    assert result.stderr.startswith("error: ")
+
+
+def test_adapter_register_and_upload(run: Run, server: FakeServer, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"x" * 100)
+    assert ok(run("adapter", "register", "a", "there/a", "--description", "d")) == (
+        f"registered a ({DIGEST}, rank 8, before: sha256:old)\n"
+    )
+    ok(run("adapter", "register", "a", os.path.relpath(tmp_path)))
+    paths = [seen.request.path for seen in server.seen["RegisterAdapter"]]
+    assert paths == ["there/a", str(tmp_path.resolve())]
+    assert ok(run("adapter", "upload", "b", tmp_path)) == f"registered b ({DIGEST}, rank 8)\n"
+    document = json.loads(ok(run("adapter", "upload", "b", tmp_path, "--json")))
+    assert document["adapter"]["created_at"] == "2023-11-14T22:13:20+00:00"
+
+
+def test_adapter_list_and_show(run: Run, server: FakeServer) -> None:
+    table = ok(run("adapter", "list", "--contains", "x"))
+    assert server.seen["ListAdapters"][0].request.name_contains == "x"
+    for part in ("a-alias", "b-alias", "2KiB", "abababababab", "stored"):
+        assert part in table
+    assert [entry["name"] for entry in json.loads(ok(run("adapter", "list", "--json")))] == ["a", "b"]
+    server.script["ListAdapters"].append(answer(adapter_pb2.ListAdaptersResponse()))
+    empty = run("adapter", "list")
+    assert (ok(empty), empty.stderr) == ("", "no adapters\n")
+    shown = ok(run("adapter", "show", "a"))
+    for part in (DIGEST, "q_proj, v_proj", "2023-11-14 22:13:20+00:00"):
+        assert part in shown
+    assert json.loads(ok(run("adapter", "show", "a", "--json")))["rank"] == 8
+
+
+def test_adapter_changes(run: Run, server: FakeServer) -> None:
+    assert "2 requests still run" in ok(run("adapter", "unregister", "a", "b"))
+    assert [seen.request.name for seen in server.seen["UnregisterAdapter"]] == ["a", "b"]
+    assert ok(run("adapter", "pin", "a")) == f"pinned a ({DIGEST})\n"
+    assert ok(run("adapter", "unpin", "a")) == f"unpinned a ({DIGEST})\n"
+    assert ok(run("adapter", "alias", "prod", "a")) == "prod -> a (before: before)\n"
+    assert ok(run("adapter", "alias", "prod", "--delete")) == "deleted the alias prod\n"
+    ok(run("adapter", "update", "a", "--description", ""))
+    assert server.seen["UpdateAdapter"][0].request.HasField("description")
+    assert ok(run("adapter", "report", "rep-1")) == "x_proj: the base has no x_proj\n"
+    assert len(json.loads(ok(run("adapter", "report", "rep-1", "--json")))["entries"]) == 2
+
+
+def test_merge_on_a_server(run: Run, server: FakeServer) -> None:
+    arguments = ["--adapter", "a", "--output", "out", "--base", "dequantized", "--scale", "0.5"]
+    assert ok(run("merge", *arguments, "--server", server.target)) == "/exports/m\n"
+    request = server.seen["MergeAdapter"][0].request
+    assert (request.adapter, request.output, request.scale) == ("a", "out", 0.5)
+    assert request.base == export_pb2.MERGE_BASE_DEQUANTIZED
+
+
+def test_merge_here(run: Run, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import load_file, save_file
+
+    base, adapter, output = tmp_path / "base", tmp_path / "adapter", tmp_path / "new" / "merged"
+    for folder, config in (
+        (base / "config.json", {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}),
+        (adapter / "adapter_config.json", {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}),
+    ):
+        folder.parent.mkdir()
+        folder.write_text(json.dumps(config))
+    module = "model.layers.0.self_attn.q_proj"
+    weights = {"model.embed_tokens.weight": torch.ones(5, 4), f"{module}.weight": torch.zeros(4, 4)}
+    save_file(weights, base / "model.safetensors")
+    a, b = torch.ones(2, 4), torch.ones(4, 2)
+    lora = {f"base_model.model.{module}.lora_A.weight": a, f"base_model.model.{module}.lora_B.weight": b}
+    save_file(lora, adapter / "adapter_model.safetensors")
+    arguments = ("merge", "--model", base, "--adapter", adapter, "--output", output, "--scale", 0.5)
+    assert ok(run(*arguments)) == f"{output}\n"
+    merged = load_file(output / "model.safetensors")[f"{module}.weight"]
+    assert torch.equal(merged, torch.full((4, 4), 2.0))  # scale 0.5, alpha / r = 2, and two ranks of ones
+    again = run(*arguments)
+    assert (again.exit_code, "exists" in again.stderr) == (1, True)
+
+
+@pytest.fixture
+def configs(monkeypatch: pytest.MonkeyPatch) -> list[ServerConfig]:
+    """Collect what `serve` would have served."""
+    configs: list[ServerConfig] = []
+    monkeypatch.setattr(serve, "run", configs.append)
+    return configs
+
+
+def test_serve_defaults_are_the_configurations(run: Run, configs: list[ServerConfig]) -> None:
+    ok(run("serve", "--model", "m"))
+    assert configs == [ServerConfig(ModelConfig("m"), served_model_name="m")]
+
+
+def test_serve_options(run: Run, configs: list[ServerConfig]) -> None:
+    ok(
+        run(
+            *("serve", "--model", "m", "--quantization", "nf4", "--dtype", "bfloat16", "--device", "cuda:1"),
+            *("--weight-execution", "packed", "--served-model-name", "shown", "--adapters", "a", "--adapters", "b"),
+            *("--adapter-root", "r", "--state-dir", "s", "--export-root", "e", "--host", "0.0.0.0", "--port", 1),
+            *("--metrics-host", "::", "--metrics-port", 2, "--grace-period", 3.5, "--log-level", "debug"),
+            *("--max-num-seqs", 4, "--max-num-batched-tokens", 5, "--max-model-len", 6, "--max-waiting", 7),
+            *("--block-size", 8, "--kv-cache-memory", "9MiB", "--adapter-device-memory", "1.5GiB", "--threads", 10),
+            *("--adapter-dtype", "float32", "--no-prefix-caching"),
+        )
+    )
+    assert configs == [
+        ServerConfig(
+            model=ModelConfig("m", "nf4", "bfloat16", "cuda:1", "packed"),
+            engine=EngineConfig(
+                max_num_seqs=4,
+                max_num_batched_tokens=5,
+                max_model_len=6,
+                max_waiting=7,
+                block_size=8,
+                kv_cache_memory=9 * MIB,
+                adapter_device_memory=1536 * MIB,
+                adapter_dtype="float32",
+                enable_prefix_caching=False,
+                threads=10,
+            ),
+            adapters=(Path("a"), Path("b")),
+            adapter_roots=(Path("r"),),
+            state_dir=Path("s"),
+            export_root=Path("e"),
+            host="0.0.0.0",
+            port=1,
+            metrics_host="::",
+            metrics_port=2,
+            grace_period_s=3.5,
+            served_model_name="shown",
+            log_level="debug",
+        )
+    ]
+
+
+def test_sizes() -> None:
+    sizes = {"512MiB": 512 * MIB, "1.5GiB": 1536 * MIB, "2k": 2048, "1MB": 10**6, "7": 7, " 3 B ": 3, "1TiB": 2**40}
+    assert {text: parse_size(text, "--x") for text in sizes} == sizes
+    for size, text in ((0, "0B"), (1023, "1023B"), (1024, "1KiB"), (1536 * MIB, "1.5GiB"), (2**52, "4096TiB")):
+        assert format_size(size) == text
+
+
+def test_the_default_server_is_the_clients() -> None:
+    assert connection.DEFAULT_SERVER == DEFAULT_TARGET
+
+
+def test_interrupting_an_answer_cancels_it(server: FakeServer) -> None:
+    server.script["GenerateStream"].append(then_fail(pieces("first")[:1], hang))
+    command = [sys.executable, "-m", "loraplex.cli", "generate", "hi", "--server", server.target]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.read(5) == b"first"
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+    assert (process.returncode, b"Traceback" in errors) == (130, False)
+    assert server.seen["GenerateStream"][0].ended.wait(10)
+
+
+def test_version(run: Run) -> None:
+    assert ok(run("version")) == ok(run("--version"))
+    assert ok(run("version")).startswith("loraplex 0")
+
+
+def test_help_imports_nothing_that_is_slow() -> None:
+    script = """
+import sys
+from typer.testing import CliRunner
+from loraplex.cli.main import app
+result = CliRunner().invoke(app, ["--help"])
+assert result.exit_code == 0, result.output
+print(*(name for name in ("grpc", "torch", "transformers", "numpy", "loraplex.client") if name in sys.modules))
+"""
+    done: Any = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == []
