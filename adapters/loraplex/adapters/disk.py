@@ -53,6 +53,11 @@ def move_folder(source: Path, target: Path) -> None:
     _sync(target.parent)
 
 
+def free_bytes(folder: Path) -> int:
+    """Return how many bytes can still be written below `folder`."""
+    return shutil.disk_usage(folder).free
+
+
 def lock_folder(folder: Path) -> BinaryIO:
     """Take `folder` for this process alone until the returned file is closed or the process ends.
 
