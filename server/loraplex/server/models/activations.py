@@ -24,11 +24,15 @@ _FUNCTIONS: dict[ActivationKind, Activation] = {
 }
 
 
-def make_activation(kind: ActivationKind, *, gated: bool) -> Activation:
+def make_activation(kind: ActivationKind, device: torch.device, *, gated: bool) -> Activation:
     """Return the function of that kind: of x (T, n), or gated: of gate and up side by side (T, 2n), to (T, n)."""
     function = _FUNCTIONS[kind]
     if not gated:
         return function
+    if device.type == "cpu" and kind in ("silu", "gelu_tanh"):
+        from loraplex.server.models.pointwise import CpuGate
+
+        return CpuGate(gelu=kind == "gelu_tanh")
 
     def gate(x: torch.Tensor) -> torch.Tensor:
         gate, up = x.chunk(2, -1)

@@ -44,6 +44,6 @@ class Fingerprint:
 
 
 def _digest(name: str, tensor: torch.Tensor) -> str:
-    data = hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()).hexdigest()
+    data = hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
     shape = "x".join(map(str, tensor.shape))
     return f"{name} {str(tensor.dtype).removeprefix('torch.')} {shape} {data}"

@@ -61,9 +61,14 @@ class LayerNorm:
 
 
 def make_norm(kind: NormKind, eps: float, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> Norm:
-    """Return the norm of that kind, its weights (..., features) in the checkpoint's dtype."""
+    """Return the norm of that kind, its weights (features,) in the checkpoint's dtype and on the model's device."""
     if kind == "layer":
         assert bias is not None, "a LayerNorm has a bias"
         return LayerNorm(weight.to(dtype), bias.to(dtype), eps)
-    # Gemma multiplies by 1 + w in float32 and rounds afterwards; the others round first.
-    return RmsNorm(1 + weight.float() if kind == "rms_plus_one" else weight.to(dtype), eps)
+    # Gemma multiplies by 1 + w in float32.
+    weight = 1 + weight.float() if kind == "rms_plus_one" else weight.to(dtype)
+    if weight.device.type == "cpu":
+        from loraplex.server.models.pointwise import CpuRmsNorm
+
+        return CpuRmsNorm(weight, eps)
+    return RmsNorm(weight, eps)

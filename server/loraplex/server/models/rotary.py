@@ -8,21 +8,30 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from loraplex.server.models.config import RopeConfig
 
 
+class Rotation(Protocol):
+    """The rotation of a batch's T tokens, each by its position."""
+
+    def apply(self, heads: torch.Tensor) -> torch.Tensor:
+        """Rotate the first `rotary_dim` numbers of every head; (T, heads, head_dim), may change `heads` in place."""
+        ...
+
+
 @dataclass(frozen=True)
-class Rotation:
-    """The rotation of T tokens; `cos` and `sin` are (T, 1, rotary_dim), the first half of `sin` negated."""
+class TorchRotation:
+    """`cos` and `sin` are (T, 1, rotary_dim) in the compute dtype, the first half of `sin` negated."""
 
     cos: torch.Tensor
     sin: torch.Tensor
 
     def apply(self, heads: torch.Tensor) -> torch.Tensor:
-        """Rotate the first `rotary_dim` numbers of every head; (T, heads, head_dim), may change `heads` in place."""
+        """See `Rotation`."""
         size = self.cos.shape[-1]
         if size == heads.shape[-1]:
             return torch.addcmul(heads * self.cos, heads.roll(size // 2, -1), self.sin)
@@ -40,12 +49,16 @@ class Rotary:
         self._dtype = dtype
 
     def rotation(self, positions: torch.Tensor) -> Rotation:
-        """Return the rotation of tokens at `positions` (T,), computed in float32 and rounded to the compute dtype."""
+        """Return the rotation of tokens at `positions` (T,); angles are computed in float32."""
         angles = positions[:, None].float() * self._frequencies  # (T, rotary_dim / 2)
         cos, sin = angles.cos(), angles.sin()
         if self._factor != 1:
             cos, sin = cos * self._factor, sin * self._factor
-        return Rotation(
+        if positions.device.type == "cpu":
+            from loraplex.server.models.pointwise import CpuRotation
+
+            return CpuRotation(cos, sin)
+        return TorchRotation(
             torch.cat((cos, cos), -1).unsqueeze(1).to(self._dtype),
             torch.cat((-sin, sin), -1).unsqueeze(1).to(self._dtype),
         )

@@ -1,0 +1,97 @@
+"""Norms, rotation and gates on a CPU by compiled kernels; same meaning as the PyTorch ones beside which they stand.
+
+Activations are float32 or bfloat16 and contiguous. Each call has an argument block of its own, so that several threads
+may use one object.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from dataclasses import dataclass
+
+import torch
+
+from loraplex.server.models import pointwise_kernel as kernel
+from loraplex.server.native.team import Kernel
+
+# Work for fewer numbers than this is done before a second thread is awake.
+_PARALLEL_NUMBERS = 1 << 15
+
+_Block = ctypes.c_int64 * kernel.NUM_ARGUMENTS
+_NORM = struct.Struct("8q")
+_ROTATE = struct.Struct("9q")
+_GATE = struct.Struct("6q")
+
+
+def _call(run: Kernel, block: ctypes.Array[ctypes.c_int64], numbers: int) -> None:
+    run(ctypes.addressof(block), 1 if numbers < _PARALLEL_NUMBERS else torch.get_num_threads())
+
+
+class CpuRmsNorm:
+    """Implements `Norm`: `x / sqrt(mean(x^2) + eps) * weight`, and the addition before it in the same pass."""
+
+    def __init__(self, weight: torch.Tensor, eps: float) -> None:
+        """Take the weight, (features,), as it is to be multiplied."""
+        self._weight = weight.float().contiguous()
+        self._eps = torch.tensor([eps], dtype=torch.float32)
+        self._constants = (self._weight.data_ptr(), self._eps.data_ptr(), weight.shape[0])
+        self._kernel = kernel.norm_kernel()
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the normalized `x`; (T, features)."""
+        return self._run(x, 0)
+
+    def add(self, x: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+        """Add `delta` to `x` in place and return the normalized sum."""
+        assert delta.is_contiguous(), "a product's output is contiguous"
+        return self._run(x, delta.data_ptr())
+
+    def _run(self, x: torch.Tensor, delta: int) -> torch.Tensor:
+        assert x.is_contiguous(), "the residual stream is contiguous"
+        out = torch.empty_like(x)
+        block = _Block()
+        is_bf16 = x.dtype is torch.bfloat16
+        _NORM.pack_into(block, 0, x.shape[0], is_bf16, x.data_ptr(), delta, out.data_ptr(), *self._constants)
+        _call(self._kernel, block, x.numel())
+        return out
+
+
+@dataclass(frozen=True)
+class CpuRotation:
+    """Implements `Rotation`; `cos` and `sin` are (T, rotary_dim / 2) float32."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+    def apply(self, heads: torch.Tensor) -> torch.Tensor:
+        """Rotate (T, heads, head_dim) in place; the heads of a token lie side by side."""
+        tokens, count, size = heads.shape
+        assert heads.stride()[1:] == (size, 1), "heads are slices of a packed product"
+        block = _Block()
+        shape = (heads.stride(0), count, size, self.cos.shape[1])
+        is_bf16 = heads.dtype is torch.bfloat16
+        pointers = (self.cos.data_ptr(), self.sin.data_ptr())
+        _ROTATE.pack_into(block, 0, tokens, is_bf16, heads.data_ptr(), *shape, *pointers)
+        _call(kernel.rotate_kernel(), block, heads.numel())
+        return heads
+
+
+class CpuGate:
+    """`activation(gate) * up` for gate and up side by side, (T, 2n) to (T, n)."""
+
+    def __init__(self, *, gelu: bool) -> None:
+        """Take GELU in its tanh form, or SiLU."""
+        self._gelu = gelu
+        self._kernel = kernel.gate_kernel()
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the gated values."""
+        assert x.is_contiguous(), "a product's output is contiguous"
+        tokens, width = x.shape[0], x.shape[1] // 2
+        out = x.new_empty(tokens, width)
+        block = _Block()
+        is_bf16 = x.dtype is torch.bfloat16
+        _GATE.pack_into(block, 0, tokens, is_bf16, x.data_ptr(), out.data_ptr(), width, self._gelu)
+        _call(self._kernel, block, x.numel())
+        return out
