@@ -6,6 +6,7 @@ import asyncio
 import logging
 import shutil
 import signal
+import socket
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -90,12 +91,14 @@ class Server:
             ModelLoadError: if the model cannot be served.
         """
         grpc_server = grpc.aio.server(interceptors=[CallInterceptor()], options=_channel_options(config))
-        port = _bind(grpc_server, config.host, config.port)
+        # The ports first: a taken one is found before the model is loaded, not after. gRPC's own is not held meanwhile,
+        # or clients would connect and wait for an answer that nobody gives yet.
+        _check_free(config.host, config.port)
         metrics = Metrics()
-        # The ports first: a taken one is found before the model is loaded, not after.
         metrics_port, stop_metrics = metrics.serve(config.metrics_host, config.metrics_port)
         try:
             parts = await _assemble(config, grpc_server, metrics, stop_metrics)
+            port = _bind(grpc_server, config.host, config.port)
         except BaseException:
             stop_metrics()
             raise
@@ -170,6 +173,18 @@ def _channel_options(config: ServerConfig) -> Sequence[tuple[str, int]]:
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     )
+
+
+def _check_free(host: str, port: int) -> None:
+    if not port:
+        return
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+        except OSError as error:
+            raise OSError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from error
 
 
 def _bind(grpc_server: grpc.aio.Server, host: str, port: int) -> int:
