@@ -33,7 +33,7 @@ def demo_model() -> Path:
 def test_logits_equal_transformers(demo_model: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(demo_model)
     sequences = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
-    reference = AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.float32, attn_implementation="eager").eval()
+    reference = AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.float32, attn_implementation="eager")
     model = load_model(str(demo_model), dtype="float32")
     rows = PagedRows(model.decoder, sequences, model.dtype)
     rows.advance_mixed()
