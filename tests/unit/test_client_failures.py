@@ -133,6 +133,17 @@ async def test_no_server(kind: str, server: FakeServer) -> None:
     await both.close()
 
 
+async def test_a_server_that_listens_but_has_not_started_is_waited_for(kind: str) -> None:
+    server = FakeServer()
+    both = Both(kind, server.target)
+    waiting = asyncio.ensure_future(both.call("generate", "hi"))
+    await asyncio.sleep(0.7)
+    assert not waiting.done()
+    with server:
+        assert (await waiting).text == "base says hi"
+    await both.close()
+
+
 async def test_exhausted_is_tried_again_only_where_the_server_says_when(both: Both, server: FakeServer) -> None:
     full = fail(Code.RESOURCE_EXHAUSTED, "the queue is full", retry_info(0.01), error_info("QUEUE_FULL"))
     server.script["Generate"].extend([full, full])

@@ -22,12 +22,14 @@ class ChannelOptions:
         max_message_bytes: largest message sent or taken.
         keepalive_time_s: after this long without traffic in a running call, ask whether the server is still there.
         keepalive_timeout_s: give the connection up when it does not answer for this long.
+        connect_timeout_s: how long one attempt to connect may take.
         max_reconnect_backoff_s: longest pause between attempts to connect.
     """
 
     max_message_bytes: int = 16 * MIB
     keepalive_time_s: float = 30.0
     keepalive_timeout_s: float = 10.0
+    connect_timeout_s: float = 10.0
     max_reconnect_backoff_s: float = 2.0
 
     def for_target(self, target: str) -> list[tuple[str, int]]:
@@ -41,7 +43,8 @@ class ChannelOptions:
             ("grpc.http2.max_pings_without_data", 0),
             # gRPC's own first pause of a second would outlast our retries: a server that just came up would be missed.
             ("grpc.initial_reconnect_backoff_ms", 100),
-            ("grpc.min_reconnect_backoff_ms", 100),
+            # Despite its name the time that one attempt to connect may take.
+            ("grpc.min_reconnect_backoff_ms", round(self.connect_timeout_s * 1000)),
             ("grpc.max_reconnect_backoff_ms", round(self.max_reconnect_backoff_s * 1000)),
         ]
         if target.startswith(_LOOPBACK):
