@@ -187,24 +187,32 @@ def _show_registration(registration: Registration, as_json: bool) -> None:
 
 
 def _state(adapter: Adapter) -> str:
-    words = (("resident", adapter.resident), ("pinned", adapter.pinned))
-    return ", ".join(word for word, on in words if on) or "stored"
+    """Return where the weights are; a pinned adapter may still be on its way to the device."""
+    if adapter.pinned:
+        return "pinned" if adapter.resident else "pinned, loading"
+    return "resident" if adapter.resident else "stored"
 
 
 def _table(adapters: list[Adapter]) -> object:
     from rich import box
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table("name", "rank", "size", "state", "active", "aliases", "digest", "description", box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD)
+    # Folded, not cut off: names are typed in again.
+    for column in ("name", "aliases", "description"):
+        table.add_column(column, overflow="fold", min_width=10)
+    for column in ("digest", "rank", "size", "state", "active"):
+        table.add_column(column, no_wrap=True)
     for adapter in adapters:
         table.add_row(
-            adapter.name,
+            escape(adapter.name),
+            escape(", ".join(adapter.aliases)),
+            escape(adapter.description),
+            adapter.digest.removeprefix("sha256:")[:8],
             str(adapter.rank),
             format_size(adapter.size_bytes),
             _state(adapter),
             str(adapter.active_requests),
-            ", ".join(adapter.aliases),
-            adapter.digest.removeprefix("sha256:")[:12],
-            adapter.description,
         )
     return table
