@@ -23,6 +23,7 @@ from loraplex.adapters.errors import (
     PreconditionError,
     ResourceExhaustedError,
 )
+from loraplex.adapters.formats import read_adapter
 from loraplex.adapters.registry import AdapterRegistry
 from tests.adapter_factory import tensors, tiny_base, write_adapter
 
@@ -79,6 +80,7 @@ def test_a_registered_adapter_is_described_and_loaded(registry: AdapterRegistry,
     assert record.size_bytes == (source / "two" / "adapter_model.safetensors").stat().st_size
     assert record.created_at.tzinfo is not None
     assert registry.resolve("team/two") == record == registry.get("team/two")
+    assert read_adapter(registry.folder(record.digest)).digest == record.digest
     bound = registry.load(record.digest)
     assert bound.digest == record.digest
     assert bound.chat_template == "two's template"

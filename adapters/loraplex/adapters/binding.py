@@ -104,17 +104,23 @@ class BindReport:
 class BindError(PreconditionError):
     """An adapter that does not fit the base; `report` holds every finding, `violations` the problems among them."""
 
-    def __init__(self, report: BindReport, base: BaseModel) -> None:
-        """Name the base and the first three problems in the message."""
+    def __init__(self, report: BindReport, base: str) -> None:
+        """Name the `base` and the first three problems in the message."""
         self.report = report
+        self._base = base
         problems = report.problems
         shown = [f"{entry.subject}: {entry.problem}" for entry in problems[:3]]
         if len(problems) > len(shown):
             shown.append(f"and {len(problems) - len(shown)} more")
         super().__init__(
-            f"the adapter does not fit the base model {base.name} ({base.architecture}): {'; '.join(shown)}",
+            f"the adapter does not fit the base model {base}: {'; '.join(shown)}",
             [FieldViolation(entry.subject, entry.problem) for entry in problems],
+            report.report_id,
         )
+
+    def __reduce__(self) -> tuple[type[BindError], tuple[BindReport, str]]:
+        """Say how to make it again, so that it can come from another process."""
+        return type(self), (self.report, self._base)
 
 
 def bind(adapter: Adapter, base: BaseModel) -> BoundAdapter:
@@ -127,7 +133,7 @@ def bind(adapter: Adapter, base: BaseModel) -> BoundAdapter:
     """
     report = bind_report(adapter, base)
     if report.problems:
-        raise BindError(report, base)
+        raise BindError(report, f"{base.name} ({base.architecture})")
     modules = {
         name: ModuleWeights(pair.a, pair.b, adapter.spec.scaling_of(name))
         for name, pair in sorted(adapter.pairs.items())

@@ -35,6 +35,10 @@ class InvalidRequestError(LoraplexError, ValueError):
         self.violations = tuple(violations)
         super().__init__("; ".join(f"{v.field}: {v.description}" for v in violations))
 
+    def __reduce__(self) -> tuple[type[InvalidRequestError], tuple[tuple[FieldViolation, ...]]]:
+        """Say how to make it again, so that it can come from another process."""
+        return type(self), (self.violations,)
+
     @classmethod
     def of(cls, field: str, description: str) -> InvalidRequestError:
         """Return the error for a single field."""
