@@ -7,6 +7,7 @@ import grpc
 import pytest
 from typer.testing import CliRunner
 
+from loraplex.cli.bench_run import adapter_names
 from loraplex.cli.main import app
 from tests.unit.fake_server import FakeServer, fail
 
@@ -32,6 +33,13 @@ def test_bench_measures_and_writes_json(server: FakeServer, tmp_path: Path) -> N
     assert len(document["cases"]["run"]["runs"]) == 2
     assert document["cases"]["run"]["runs"][0]["completed"] == 4
     assert "Output tokens per second" in result.output
+
+
+def test_all_stands_for_the_registered_adapters(server: FakeServer) -> None:
+    with server:
+        assert adapter_names(server.target, "base, all") == ("base", "a", "b")
+    assert adapter_names("nowhere:1", " x,,y ") == ("x", "y")
+    assert adapter_names("nowhere:1", "") == ()
 
 
 def test_bench_names_no_adapter_unless_told(server: FakeServer) -> None:

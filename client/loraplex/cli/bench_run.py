@@ -40,11 +40,14 @@ def rate_bar(console: Console | None = None) -> Progress:
 
 
 def adapter_names(server: str, text: str) -> tuple[str, ...]:
-    """Return the names that `text` lists with commas between them; for "all", those registered on `server` now."""
-    if text != "all":
-        return tuple(name.strip() for name in text.split(",") if name.strip())
-    with Client(server) as client:
-        return tuple(adapter.name for adapter in client.list_adapters())
+    """Return the names that `text` lists with commas between them; "all" is those registered on `server` now."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if "all" in names:
+        with Client(server) as client:
+            registered = [adapter.name for adapter in client.list_adapters()]
+        at = names.index("all")
+        names[at : at + 1] = registered
+    return tuple(names)
 
 
 def measure(server: str, workload: Workload, repeat: int, json_file: Path | None) -> bool:
