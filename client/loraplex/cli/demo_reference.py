@@ -1,0 +1,82 @@
+"""What transformers writes: with the base and the adapter apart, through PEFT, and with the merged model, without it.
+
+Both in float32 and greedily, the former over the very weights that a quantizing server computes with. A process of its
+own (`python -m loraplex.cli.demo_reference`): a job as one line of JSON in and the texts as one line out, then the
+merged folder as one line in and its texts out. It gives way to the server beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def main() -> None:
+    """Do one job: `model`, `adapter` (folders), `quantization`, `prompts`, `max_tokens`."""
+    os.nice(19)
+    # Whatever the libraries print, the texts alone go to the reader.
+    out = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    job = json.loads(sys.stdin.readline())
+    texts = unmerged_texts(job["model"], job["adapter"], job["quantization"], job["prompts"], job["max_tokens"])
+    print(json.dumps(texts), file=out, flush=True)
+    merged = sys.stdin.readline().strip()
+    if merged:
+        print(json.dumps(merged_texts(merged, job["prompts"], job["max_tokens"])), file=out, flush=True)
+
+
+def unmerged_texts(model: str, adapter: str, quantization: str, prompts: Sequence[str], max_tokens: int) -> list[str]:
+    """Return what `model`, quantized and dequantized, writes with `adapter` beside it; both are folders."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    dequantize(base, quantization)
+    adapted = PeftModel.from_pretrained(base.to(torch.float32), adapter).eval()
+    return _answers(adapted, model, prompts, max_tokens)
+
+
+def merged_texts(folder: str, prompts: Sequence[str], max_tokens: int) -> list[str]:
+    """Return what the merged model in `folder` writes."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return _answers(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), folder, prompts, max_tokens)
+
+
+def dequantize(model: Any, quantization: str) -> None:
+    """Replace the weights of the layers by the values that the server's quantized ones stand for, in float32."""
+    import torch
+
+    from loraplex.server.models.quantization import make_linear
+
+    cpu = torch.device("cpu")
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            linear = make_linear([module.weight.data], quantization, torch.float32, cpu, "packed")
+            module.weight.data = linear.dequantize()
+
+
+def _answers(model: Any, folder: str | Path, prompts: Sequence[str], max_tokens: int) -> list[str]:
+    import torch
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    texts = []
+    for prompt in prompts:
+        messages = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
+        with torch.inference_mode():
+            tokens = model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False)
+        new = tokens[0, inputs["input_ids"].shape[1] :]
+        texts.append(str(tokenizer.decode(new, skip_special_tokens=True)))
+    return texts
+
+
+if __name__ == "__main__":
+    main()
