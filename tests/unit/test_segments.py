@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -26,7 +28,7 @@ def test_each_token_is_where_its_row_says(rows: list[tuple[int, int | None, floa
 @given(rows=ROWS)
 def test_neighbours_with_equal_weights_are_one(rows: list[tuple[int, int | None, float]]) -> None:
     segments = build_segments(rows)
-    for left, right in zip(segments, segments[1:], strict=False):
+    for left, right in pairwise(segments):
         assert (left.end, left.slot, left.scale) != (right.start, right.slot, right.scale)
 
 
