@@ -207,6 +207,11 @@ class AdapterRegistry:
             self._templates[digest] = template
         return template
 
+    @property
+    def digests(self) -> frozenset[str]:
+        """Digests of all versions that some name has."""
+        return self._catalog.directory.digests
+
     def count(self) -> int:
         """Return how many names are registered."""
         return len(self._catalog.directory.names)

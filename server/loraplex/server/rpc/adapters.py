@@ -12,7 +12,7 @@ import grpc.aio
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from loraplex.adapters.binding import BindReport
-from loraplex.adapters.records import AdapterRecord, Registration
+from loraplex.adapters.records import AdapterRecord
 from loraplex.adapters.registry import AdapterRegistry
 from loraplex.server.engine.client import EngineClient
 from loraplex.server.errors import InvalidRequestError
@@ -40,10 +40,12 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
         """Register a folder on the server's disk."""
         if not request.path:
             raise InvalidRequestError.of("path", "is empty: give the adapter's folder on the server")
+        if "\0" in request.path:
+            raise InvalidRequestError.of("path", "holds a zero byte, which no path does")
         registration = await self._call(
             self._registry.register, request.name, Path(request.path), description=request.description
         )
-        await self._changed(registration)
+        self._count()
         return pb.RegisterAdapterResponse(
             adapter=self._message(registration.record), previous_digest=registration.previous_digest or ""
         )
@@ -53,7 +55,7 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
     ) -> pb.UploadAdapterResponse:
         """Take an adapter's files, then register them like a folder."""
         registration = await receive_upload(request_iterator, self._registry, self._executor)
-        await self._changed(registration)
+        self._count()
         return pb.UploadAdapterResponse(
             adapter=self._message(registration.record), previous_digest=registration.previous_digest or ""
         )
@@ -63,10 +65,9 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
     ) -> pb.UnregisterAdapterResponse:
         """Take the name away; requests in flight go on."""
         gone = await self._call(self._registry.unregister, request.name)
-        self._pinned.discard(gone.digest)
-        self._engine.forget(gone.digest)
+        self._forget_unnamed(gone.digest)
         self._metrics.forget_adapter(request.name)
-        await self._count()
+        self._count()
         return pb.UnregisterAdapterResponse(digest=gone.digest, active_requests=gone.active_requests)
 
     async def ListAdapters(self, request: pb.ListAdaptersRequest, context: Context) -> pb.ListAdaptersResponse:
@@ -95,7 +96,7 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
 
     async def PinAdapter(self, request: pb.PinAdapterRequest, context: Context) -> pb.PinAdapterResponse:
         """Load the adapter and keep it on the device."""
-        record = await self._call(self._registry.get, request.name)
+        record = await self._call(self._registry.resolve, request.name)
         self._pinned.add(record.digest)
         self._engine.pin(record.digest)
         return pb.PinAdapterResponse(adapter=self._message(record))
@@ -126,14 +127,14 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._executor, lambda: function(*args, **kwargs))
 
-    async def _changed(self, registration: Registration) -> None:
-        previous = registration.previous_digest
-        if previous and previous != registration.record.digest:
-            self._engine.forget(previous)
-        await self._count()
+    def _forget_unnamed(self, digest: str) -> None:
+        """Drop weights that no name has any more: `digest`, which may not be on the device yet, and older versions."""
+        for gone in ({digest} | self._pinned | self._engine.resident) - self._registry.digests:
+            self._pinned.discard(gone)
+            self._engine.forget(gone)
 
-    async def _count(self) -> None:
-        self._metrics.set_registered(await self._call(self._registry.count))
+    def _count(self) -> None:
+        self._metrics.set_registered(self._registry.count())
 
     def _message(self, record: AdapterRecord) -> pb.Adapter:
         created = Timestamp()

@@ -8,8 +8,9 @@ import shutil
 import signal
 import socket
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,15 +59,13 @@ SERVICES = tuple(
 
 @dataclass(frozen=True)
 class _Parts:
-    """What a running server holds and must give back."""
+    """What a running server is stopped through; `cleanup` gives back the rest."""
 
+    calls: CallInterceptor
     grpc_server: grpc.aio.Server
     health: HealthServicer
     engine: EngineClient
-    registry: AdapterRegistry
-    executor: ThreadPoolExecutor
-    stop_metrics: Callable[[], None]
-    temporary: Path | None
+    cleanup: AsyncExitStack
 
 
 class Server:
@@ -88,38 +87,32 @@ class Server:
 
         Raises:
             OSError: if a port is taken.
-            ModelLoadError: if the model cannot be served.
+            LoraplexError: if the model cannot be served or the state folder not be used.
         """
-        grpc_server = grpc.aio.server(interceptors=[CallInterceptor()], options=_channel_options(config))
+        calls = CallInterceptor()
+        grpc_server = grpc.aio.server(interceptors=[calls], options=_channel_options(config))
         # The ports first: a taken one is found before the model is loaded, not after. gRPC's own is not held meanwhile,
         # or clients would connect and wait for an answer that nobody gives yet.
         _check_free(config.host, config.port)
         metrics = Metrics()
-        metrics_port, stop_metrics = metrics.serve(config.metrics_host, config.metrics_port)
-        try:
-            parts = await _assemble(config, grpc_server, metrics, stop_metrics)
+        async with AsyncExitStack() as cleanup:
+            metrics_port = _serve_metrics(metrics, config, cleanup)
+            engine, health = await _assemble(config, grpc_server, metrics, cleanup)
             port = _bind(grpc_server, config.host, config.port)
-        except BaseException:
-            stop_metrics()
-            raise
-        await grpc_server.start()
-        await _set_health(parts.health, health_pb2.HealthCheckResponse.SERVING)
-        return cls(config, parts, port, metrics_port)
+            await grpc_server.start()
+            await _set_health(health, health_pb2.HealthCheckResponse.SERVING)
+            return cls(config, _Parts(calls, grpc_server, health, engine, cleanup.pop_all()), port, metrics_port)
 
     async def stop(self, grace_s: float | None = None) -> None:
         """Say NOT_SERVING, refuse what is new, let what runs finish within the grace time, then end the rest."""
         grace = self._config.grace_period_s if grace_s is None else grace_s
         parts = self._parts
         await _set_health(parts.health, health_pb2.HealthCheckResponse.NOT_SERVING)
-        await parts.engine.drain(grace)
+        await parts.calls.drain(grace)
         await parts.engine.close()
         # A second for the last replies to reach their clients.
         await parts.grpc_server.stop(1.0)
-        await asyncio.to_thread(parts.stop_metrics)
-        parts.executor.shutdown(wait=True)
-        parts.registry.close()
-        if parts.temporary is not None:
-            shutil.rmtree(parts.temporary, ignore_errors=True)
+        await parts.cleanup.aclose()
 
     def _on_failure(self) -> None:
         self.failed.set()
@@ -129,8 +122,8 @@ async def serve(config: ServerConfig, on_ready: Callable[[Server], None] = lambd
     """Serve until SIGINT or SIGTERM, then stop gracefully; a second signal stops at once.
 
     Raises:
-        LoraplexError, OSError: if the server cannot start.
-        EngineError: if the engine dies.
+        OSError: if a port is taken.
+        LoraplexError: if the server cannot start, or if the engine dies.
     """
     loop = asyncio.get_running_loop()
     stop_now = asyncio.Event()
@@ -149,14 +142,18 @@ async def serve(config: ServerConfig, on_ready: Callable[[Server], None] = lambd
     stopping = asyncio.create_task(server.stop(0 if server.failed.is_set() else None))
     await _first(asyncio.shield(stopping), stop_now.wait())
     if not stopping.done():
+        logger.info("stopping at once: a second signal came")
         stopping.cancel()
+        await asyncio.wait([stopping])
         await server.stop(0)
+    elif not stopping.cancelled():
+        stopping.result()
     if server.failed.is_set():
         raise LoraplexError("the engine died; its log has the reason")
 
 
-async def _first(*waits: object) -> None:
-    tasks = [asyncio.ensure_future(wait) for wait in waits]  # type: ignore[call-overload]
+async def _first(*waits: Awaitable[object]) -> None:
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
     _, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     for task in pending:
         task.cancel()
@@ -176,34 +173,50 @@ def _channel_options(config: ServerConfig) -> Sequence[tuple[str, int]]:
 
 
 def _check_free(host: str, port: int) -> None:
-    if not port:
-        return
-    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    with socket.socket(family, kind, protocol) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
+    """Find out before the model is loaded whether the port can be had.
+
+    Raises:
+        OSError: if it cannot.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
-        except OSError as error:
-            raise OSError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from error
+    except OSError as error:
+        raise OSError(
+            f"cannot listen on {host}:{port}: {error.strerror or error}; choose another --port or --host"
+        ) from error
 
 
 def _bind(grpc_server: grpc.aio.Server, host: str, port: int) -> int:
+    target = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
-        return grpc_server.add_insecure_port(f"{host}:{port}")
+        return grpc_server.add_insecure_port(target)
     except RuntimeError as error:
-        raise OSError(f"cannot listen on {host}:{port}: the port is taken or the address is not ours") from error
+        raise OSError(f"cannot listen on {target}: the port is taken or the address is not ours") from error
+
+
+def _serve_metrics(metrics: Metrics, config: ServerConfig, cleanup: AsyncExitStack) -> int:
+    host, port = config.metrics_host, config.metrics_port
+    try:
+        taken, stop = metrics.serve(host, port)
+    except OSError as error:
+        raise OSError(
+            f"cannot serve metrics on {host}:{port}: {error.strerror or error}; choose another --metrics-port"
+        ) from error
+    cleanup.push_async_callback(asyncio.to_thread, stop)
+    return taken
 
 
 async def _assemble(
-    config: ServerConfig, grpc_server: grpc.aio.Server, metrics: Metrics, stop_metrics: Callable[[], None]
-) -> _Parts:
+    config: ServerConfig, grpc_server: grpc.aio.Server, metrics: Metrics, cleanup: AsyncExitStack
+) -> tuple[EngineClient, HealthServicer]:
+    """Load the model, put every service on `grpc_server` and start the engine; `cleanup` learns how to undo it."""
     model = await asyncio.to_thread(load_model_and_threads, config)
     tokenizer = await asyncio.to_thread(Tokenizer.load, model.path)
     limits = engine_limits(model, config.engine)
-    temporary = Path(tempfile.mkdtemp(prefix="loraplex-")) if config.state_dir is None else None
-    registry = AdapterRegistry(
-        config.state_dir or temporary or Path(), model.base, (*config.adapter_roots, *config.adapters)
-    )
+    registry = await asyncio.to_thread(_open_registry, config, model, cleanup)
     engine = EngineClient(
         lambda publish: build_engine(model, tokenizer, config.engine, registry.load, metrics, publish)
     )
@@ -212,14 +225,16 @@ async def _assemble(
         logger.warning("adapter %s", warning)
     metrics.set_registered(registry.count())
     metrics.set_model(_model_labels(config, model))
-    # Tokenizing, the catalog and uploads; the matrix products have their own threads.
-    executor = ThreadPoolExecutor(max_workers=4, thread_name_prefix="rpc")
+    # Two pools, so that a request never waits behind uploads and registrations; matrix products have their own threads.
+    admission = _executor("admission", cleanup)
+    administration = _executor("administration", cleanup)
     model_limits = ModelLimits(model.vocab_size, limits.max_model_len)
     health = HealthServicer()
-    generation = GenerationServicer(engine, registry, tokenizer, model_limits, executor)
-    generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, grpc_server)
+    generation_pb2_grpc.add_GenerationServiceServicer_to_server(
+        GenerationServicer(engine, registry, tokenizer, model_limits, admission), grpc_server
+    )
     adapter_pb2_grpc.add_AdapterServiceServicer_to_server(
-        AdapterServicer(registry, engine, metrics, executor), grpc_server
+        AdapterServicer(registry, engine, metrics, administration), grpc_server
     )
     source = ExportSource(model.path, model.quantization)
     export_pb2_grpc.add_ExportServiceServicer_to_server(
@@ -231,7 +246,24 @@ async def _assemble(
         (*SERVICES, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME), grpc_server
     )
     engine.start()
-    return _Parts(grpc_server, health, engine, registry, executor, stop_metrics, temporary)
+    cleanup.push_async_callback(engine.close)
+    return engine, health
+
+
+def _open_registry(config: ServerConfig, model: LoadedModel, cleanup: AsyncExitStack) -> AdapterRegistry:
+    root = config.state_dir
+    if root is None:
+        root = Path(tempfile.mkdtemp(prefix="loraplex-"))
+        cleanup.callback(shutil.rmtree, root, ignore_errors=True)
+    registry = AdapterRegistry(root, model.base, (*config.adapter_roots, *config.adapters))
+    cleanup.callback(registry.close)
+    return registry
+
+
+def _executor(name: str, cleanup: AsyncExitStack) -> ThreadPoolExecutor:
+    executor = ThreadPoolExecutor(max_workers=4, thread_name_prefix=name)
+    cleanup.push_async_callback(asyncio.to_thread, executor.shutdown)
+    return executor
 
 
 def load_model_and_threads(config: ServerConfig) -> LoadedModel:
