@@ -33,7 +33,7 @@ Made by `python adapters/examples/train.py --task {task}`.
 ## Accuracy on {rows} held-out rows
 
 Greedy decoding. Strict: the first line is the answer and nothing else. Lenient: the right answer in any wrapping
-(see `scoring.py`). Held-out rows share no meaning-bearing words with training (see `make_data.py`).
+(see `scoring.py`). No word, table or date that an answer hangs on was seen in training (see `make_data.py`).
 
 | | strict | lenient |
 |---|---|---|
