@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -128,7 +129,7 @@ def test_the_demo_model_converts_and_answers(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "models").iterdir()] == [folder.name]
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
 
-    tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    tokenizer: Any = AutoTokenizer.from_pretrained(str(folder))
     model = AutoModelForCausalLM.from_pretrained(str(folder))
     assert model.dtype == torch.bfloat16
     prompt = tokenizer.apply_chat_template(
