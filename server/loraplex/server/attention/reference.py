@@ -1,31 +1,16 @@
-"""Attention as a loop over rows in plain float32 PyTorch: the definition that the fast ones are tested against."""
+"""Attention as a plain loop over rows in float32, on any device: the oracle of the others."""
 
 from __future__ import annotations
 
 import torch
 
-from loraplex.server.attention.interface import AttentionParams
+from loraplex.server.attention.interface import AttentionParams, check_shapes
 from loraplex.server.engine.batch import Batch
 from loraplex.server.engine.kv_cache import LayerKVCache
 
 
-def write_cache(k: torch.Tensor, v: torch.Tensor, cache: LayerKVCache, slot_mapping: torch.Tensor) -> None:
-    """Store the new tokens' keys and values, (T, num_kv_heads, head_dim) each, in their slots."""
-    block_size = cache.k.shape[2]
-    block, offset = slot_mapping // block_size, slot_mapping % block_size
-    cache.k[block, :, offset] = k.to(cache.k.dtype)
-    cache.v[block, :, offset] = v.to(cache.v.dtype)
-
-
-def gather_row(memory: torch.Tensor, block_table: torch.Tensor, length: int) -> torch.Tensor:
-    """Return a row's cached keys or values in order, float32 (num_kv_heads, length, head_dim)."""
-    block_size = memory.shape[2]
-    blocks = memory[block_table[: -(-length // block_size)].long()]  # (blocks, heads, block_size, head_dim)
-    return blocks.transpose(0, 1).flatten(1, 2)[:, :length].float()
-
-
 class ReferenceAttention:
-    """Implements `Attention` on any device; no speed is intended."""
+    """Implements `Attention`; see there for semantics and shapes."""
 
     def __call__(
         self,
@@ -36,28 +21,54 @@ class ReferenceAttention:
         batch: Batch,
         params: AttentionParams,
     ) -> torch.Tensor:
-        """See `Attention`."""
+        """Write k and v, then attend row by row."""
+        check_shapes(q, k, v, cache, batch)
         write_cache(k, v, cache, batch.slot_mapping)
-        out = torch.empty_like(q)
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
         start = 0
         for row, (length, context) in enumerate(zip(batch.query_lens_cpu, batch.context_lens_cpu, strict=True)):
-            keys = gather_row(cache.k, batch.block_tables[row], context)
-            values = gather_row(cache.v, batch.block_tables[row], context)
-            out[start : start + length] = _attend(q[start : start + length].float(), keys, values, params).to(q.dtype)
+            keys, values = gather_context(cache, batch.block_tables[row], context)
+            out[start : start + length] = attend(q[start : start + length], keys, values, params).to(q.dtype)
             start += length
         return out
 
 
-def _attend(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, params: AttentionParams) -> torch.Tensor:
-    length, heads, _ = q.shape
-    context, group = keys.shape[1], heads // keys.shape[0]
-    scores = torch.einsum("qhd,hkd->hqk", q, keys.repeat_interleave(group, 0)) * params.scale
+def write_cache(k: torch.Tensor, v: torch.Tensor, cache: LayerKVCache, slots: torch.Tensor) -> None:
+    """Store k and v, each (T, Hkv, D), at `slots` (T,), rounded to the cache's dtype."""
+    block_size = cache.k.shape[2]
+    blocks, offsets = slots // block_size, slots % block_size
+    cache.k[blocks, :, offsets] = k.to(cache.k.dtype)
+    cache.v[blocks, :, offsets] = v.to(cache.v.dtype)
+
+
+def gather_context(cache: LayerKVCache, table: torch.Tensor, context: int, first: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return keys and values of the positions first:context of one row as float32, each (Hkv, context - first, D)."""
+    _, kv_heads, block_size, head_dim = cache.k.shape
+    first_block = first // block_size
+    blocks = table[first_block : -(-context // block_size)].long()
+    keys, values = (
+        part[blocks].transpose(0, 1).reshape(kv_heads, -1, head_dim)[:, first - first_block * block_size : context - first_block * block_size]
+        for part in (cache.k, cache.v)
+    )
+    return keys.float(), values.float()
+
+
+def attend(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, params: AttentionParams) -> torch.Tensor:
+    """Return attention of the last n positions of a context, in float32.
+
+    Shape:
+        q: (n, Hq, D). keys, values: (Hkv, c, D) float32, c >= n. Result: (n, Hq, D) float32.
+    """
+    n, heads, head_dim = q.shape
+    kv_heads, context, _ = keys.shape
+    grouped = q.float().view(n, kv_heads, heads // kv_heads, head_dim)
+    scores = torch.einsum("nhgd,hcd->hgnc", grouped, keys) * params.scale
     if params.softcap is not None:
         scores = params.softcap * torch.tanh(scores / params.softcap)
-    query = torch.arange(context - length, context, device=q.device)[:, None]
-    key = torch.arange(context, device=q.device)[None, :]
-    hidden = key > query
+    own = torch.arange(context - n, context, device=q.device)[:, None]
+    seen = torch.arange(context, device=q.device)[None, :]
+    hidden = seen > own
     if params.window is not None:
-        hidden |= key <= query - params.window
-    weights = torch.softmax(scores.masked_fill(hidden, -torch.inf), dim=-1)
-    return torch.einsum("hqk,hkd->qhd", weights, values.repeat_interleave(group, 0))
+        hidden |= seen <= own - params.window
+    weights = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1)
+    return torch.einsum("hgnc,hcd->nhgd", weights, values).reshape(n, heads, head_dim)

@@ -1,0 +1,76 @@
+"""What a LoRA operator does, whatever it runs on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from loraplex.server.lora.segments import Segment
+from loraplex.server.lora.weights import PackedAdapter
+
+
+class LoraOps(Protocol):
+    """Adds the adapters' part to the base model's output; stateless between steps.
+
+    Semantics:
+        for each segment and each slice (A, B_t, start, end) of its adapter at the site:
+            y[t, start:end] += segment.scale * (x[t] @ A^T) @ B_t      for t in segment.start:segment.end
+    Accumulated in float32 whatever the dtypes of x, y and the weights; y is rounded once. The result is
+    deterministic, and a token's does not depend on which other segments are present.
+    """
+
+    def prepare(self, segments: Sequence[Segment], slots: Mapping[int, PackedAdapter]) -> object:
+        """Return what `add` needs, once a step for all sites. The slots' weights must stay alive until the last `add`.
+
+        Args:
+            segments: disjoint token ranges, each with a slot.
+            slots: the adapter in each slot that `segments` names.
+
+        Raises:
+            KeyError: if a segment names a slot that is not in `slots`.
+        """
+        ...
+
+    def add(self, y: torch.Tensor, x: torch.Tensor, site: int, prepared: Any) -> None:
+        """Add in place to `y`, the base output before the bias.
+
+        Shape:
+            y: (T, out_features) float32 or bfloat16, unit stride along the features.
+            x: (T, in_features) float32 or bfloat16, unit stride along the features.
+
+        Args:
+            y: base output, changed in place.
+            x: the input that the base's product had.
+            site: index into `PackedAdapter.sites`.
+            prepared: what this object's `prepare` returned.
+
+        Raises:
+            ValueError: if shapes, strides or dtypes are not as above or a segment lies outside T.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class LoraContext:
+    """A step's adapters, as the decoder hands them from layer to layer.
+
+    `tokens` is prepared for all T tokens of the batch, `logits` for the rows that go on to lm_head.
+    """
+
+    ops: LoraOps
+    tokens: object
+    logits: object
+
+
+def make_lora_ops(device: torch.device) -> LoraOps:
+    """Return the fastest operator there is for `device`."""
+    if device.type == "cpu":
+        from loraplex.server.lora.ops.cpu import CpuLoraOps
+
+        return CpuLoraOps()
+    from loraplex.server.lora.ops.reference import ReferenceLoraOps
+
+    return ReferenceLoraOps()

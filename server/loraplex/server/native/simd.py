@@ -1,0 +1,149 @@
+"""Sixteen float32 at once, as a value that compiled code can hold in a variable.
+
+LLVM's own vectoriser handles long loops well, but attention's rows of 64 numbers are over before its unrolled loops
+and alias checks have paid for themselves (measured: three times slower than this). LLVM maps the sixteen lanes to whatever the
+machine has: one AVX-512 register, two of AVX2, four of NEON; the order of sums is the same everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, models, register_model
+
+from loraplex.server.native.intrinsics import narrow_bits, widen_bits
+
+LANES = 16
+
+_FLOAT = ir.FloatType()
+_LANES_TYPE = ir.VectorType(_FLOAT, LANES)
+_INDEX = ir.IntType(32)
+
+
+class _Lanes(types.Type):  # type: ignore[misc]
+    """Numba's type of sixteen float32."""
+
+    def __init__(self) -> None:
+        super().__init__(name="Float32x16")
+
+
+lanes_type = _Lanes()
+
+
+@register_model(_Lanes)
+class _LanesModel(models.PrimitiveModel):  # type: ignore[misc]
+    """Held as one LLVM vector."""
+
+    def __init__(self, manager: Any, kind: Any) -> None:
+        super().__init__(manager, kind, _LANES_TYPE)
+
+
+def _shuffle(builder: Any, a: Any, b: Any, order: list[int]) -> Any:
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_INDEX, len(order)), order))
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def load(typing_context: Any, pointer: Any, index: Any) -> Any:
+    """Return pointer[index:index + 16] as float32; the pointer is to float32 or to the bits of bfloat16."""
+    half = pointer.dtype == types.uint16
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        element = ir.IntType(16) if half else _FLOAT
+        vector = ir.VectorType(element, LANES)
+        address = builder.bitcast(builder.gep(args[0], [args[1]]), vector.as_pointer())
+        loaded = builder.load(address, align=2 if half else 4)
+        return widen_bits(builder, loaded) if half else loaded
+
+    return lanes_type(pointer, types.int64), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def store(typing_context: Any, pointer: Any, index: Any, value: Any) -> Any:
+    """Set pointer[index:index + 16]; rounds where the pointer is to the bits of bfloat16."""
+    half = pointer.dtype == types.uint16
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        stored = narrow_bits(builder, args[2]) if half else args[2]
+        address = builder.bitcast(builder.gep(args[0], [args[1]]), stored.type.as_pointer())
+        builder.store(stored, address, align=2 if half else 4)
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.int64, lanes_type), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def splat(typing_context: Any, value: Any) -> Any:
+    """Return the float32 in all lanes."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        one = builder.insert_element(ir.Constant(_LANES_TYPE, ir.Undefined), args[0], _INDEX(0))
+        return _shuffle(builder, one, one, [0] * LANES)
+
+    return lanes_type(types.float32), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def fma(typing_context: Any, a: Any, b: Any, c: Any) -> Any:
+    """Return a * b + c, rounded once where the machine can."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        signature_ir = ir.FunctionType(_LANES_TYPE, [_LANES_TYPE] * 3)
+        function = cgutils.get_or_insert_function(builder.module, signature_ir, f"llvm.fmuladd.v{LANES}f32")
+        return builder.call(function, args)
+
+    return lanes_type(lanes_type, lanes_type, lanes_type), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def total(typing_context: Any, value: Any) -> Any:
+    """Return the sum of the lanes, added in pairs."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        v, width = args[0], LANES
+        while width > 1:
+            width //= 2
+            v = builder.fadd(
+                _shuffle(builder, v, v, list(range(width))), _shuffle(builder, v, v, list(range(width, 2 * width)))
+            )
+        return builder.extract_element(v, _INDEX(0))
+
+    return types.float32(lanes_type), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def totals4(typing_context: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
+    """Return the four sums of lanes, each as `total` adds them; together they cost about half of four calls."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        a, b, c, d = args
+        half, quarter = LANES // 2, LANES // 4
+        # (8 of a, 8 of b), (8 of c, 8 of d)
+        low, high = list(range(half)), list(range(half, LANES))
+        ab, cd = (
+            builder.fadd(
+                _shuffle(builder, x, y, low + [LANES + i for i in low]),
+                _shuffle(builder, x, y, high + [LANES + i for i in high]),
+            )
+            for x, y in ((a, b), (c, d))
+        )
+        # (4 of each)
+        starts = [0, half, LANES, LANES + half]
+        v = builder.fadd(
+            _shuffle(builder, ab, cd, [s + i for s in starts for i in range(quarter)]),
+            _shuffle(builder, ab, cd, [s + i + quarter for s in starts for i in range(quarter)]),
+        )
+        width = quarter
+        while width > 1:
+            width //= 2
+            v = builder.fadd(
+                _shuffle(builder, v, v, [2 * width * s + i for s in range(4) for i in range(width)]),
+                _shuffle(builder, v, v, [2 * width * s + i + width for s in range(4) for i in range(width)]),
+            )
+        items = [builder.extract_element(v, _INDEX(i)) for i in range(4)]
+        return context.make_tuple(builder, signature.return_type, items)
+
+    return types.UniTuple(types.float32, 4)(lanes_type, lanes_type, lanes_type, lanes_type), generate

@@ -1,0 +1,89 @@
+"""Runs a compiled kernel on several threads at once: torch's own OpenMP threads.
+
+A decode step alternates between torch's matrix products and our kernels some hundred times. A second pool of threads
+(Numba's `parallel=True` brings one: it links its own OpenMP library, or none) then wakes up while torch's threads still
+spin, and each call costs tens of microseconds. Calling the OpenMP library that torch itself has loaded reuses the threads
+that are awake already. Kernels divide their work themselves, by an atomic counter, so that any number of threads is right.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+import torch
+from numba import cfunc, types
+
+# void GOMP_parallel(void (*fn)(void *), void *data, unsigned num_threads, unsigned flags): what GCC's `#pragma omp
+# parallel` becomes. Intel's and LLVM's OpenMP libraries export it too on Linux.
+_GOMP_PARALLEL = "GOMP_parallel"
+
+
+class Kernel:
+    """A compiled function of one int64: the address of its argument block.
+
+    Calls hold no lock and release the GIL; several threads may call one kernel with different argument blocks.
+    """
+
+    def __init__(self, function: Callable[[int], None]) -> None:
+        """Compile `function`, or load it from Numba's cache on disk.
+
+        The cache lies beside the function's file or, where that is read-only, in the user's cache folder
+        (NUMBA_CACHE_DIR overrides both). Where nothing can be written, every process compiles anew.
+        """
+        compile_options = {"error_model": "numpy", "no_cpython_wrapper": True}
+        signature = types.void(types.int64)
+        versioned = _with_version(function)
+        try:
+            self._compiled: Any = cfunc(signature, cache=True, **compile_options)(versioned)
+        except RuntimeError as error:
+            if "no locator available" not in str(error):
+                raise
+            self._compiled = cfunc(signature, **compile_options)(versioned)
+        self._serial = self._compiled.ctypes
+        self._address: int = self._compiled.address
+        self._parallel = find_gomp_parallel()
+
+    def __call__(self, arguments: int, threads: int) -> None:
+        """Run once on each of up to `threads` threads, with the same `arguments`, and wait for all."""
+        if threads > 1 and self._parallel is not None:
+            self._parallel(self._address, arguments, threads, 0)
+        else:
+            self._serial(arguments)
+
+
+def _with_version(function: Callable[[int], None]) -> Callable[[int], None]:
+    """Return a copy of `function` whose name tells the version of this package's code.
+
+    Numba recompiles when the function's own file has changed, but does not see the files that it imports from.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    copy = FunctionType(function.__code__, function.__globals__, function.__name__)
+    copy.__qualname__ = f"{function.__qualname__}_{digest.hexdigest()[:12]}"
+    copy.__module__ = function.__module__
+    return copy
+
+
+@functools.cache
+def find_gomp_parallel() -> Callable[[int, int, int, int], None] | None:
+    """Return the entry point of the OpenMP library that torch uses, None where there is none of that kind.
+
+    What is loaded globally (a preloaded OpenMP library) comes first, because torch's calls go there too.
+    """
+    for path in (None, Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"):
+        try:
+            entry: Any = getattr(ctypes.CDLL(None if path is None else str(path)), _GOMP_PARALLEL)
+        except (OSError, AttributeError):
+            continue
+        entry.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+        entry.restype = None
+        found: Callable[[int, int, int, int], None] = entry
+        return found
+    return None
