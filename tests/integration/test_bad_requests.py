@@ -44,15 +44,19 @@ BAD_REQUESTS: dict[str, tuple[Any, dict[str, Any], str, str]] = {
 }
 
 
+def _answer(client: Client, streamed: bool, prompt: Any, **options: Any) -> None:
+    if streamed:
+        client.stream(prompt, **options).collect()
+    else:
+        client.generate(prompt, **options)
+
+
 @pytest.mark.parametrize("streamed", [False, True], ids=["generate", "stream"])
 @pytest.mark.parametrize("case", BAD_REQUESTS)
 def test_bad_request_names_the_field(client: Client, case: str, streamed: bool) -> None:
     prompt, options, field, advice = BAD_REQUESTS[case]
     with pytest.raises(InvalidRequestError) as raised:
-        if streamed:
-            client.stream(prompt, **options).collect()
-        else:
-            client.generate(prompt, **options)
+        _answer(client, streamed, prompt, **options)
     error = raised.value
     assert error.code is grpc.StatusCode.INVALID_ARGUMENT
     assert error.reason == "INVALID_REQUEST"
@@ -96,10 +100,7 @@ def test_messages_that_the_client_does_not_make(
 @pytest.mark.parametrize("streamed", [False, True], ids=["generate", "stream"])
 def test_unknown_adapter(client: Client, name: str, streamed: bool) -> None:
     with pytest.raises(NotFoundError) as raised:
-        if streamed:
-            next(client.stream("x", name))
-        else:
-            client.generate("x", name)
+        _answer(client, streamed, "x", adapter=name)
     assert raised.value.code is grpc.StatusCode.NOT_FOUND
     assert len(str(raised.value)) <= 1000
     if name == "alpah":

@@ -29,11 +29,16 @@ def require_inside(path: Path, roots: tuple[Path, ...]) -> Path:
     Raises:
         InvalidRequestError: if it is not below one of `roots` (then nothing about it is revealed), or not a folder.
     """
-    resolved = Path(os.path.realpath(path))
-    if not any(resolved.is_relative_to(root) for root in roots):
+    try:
+        resolved = Path(os.path.realpath(path))
+        inside = any(resolved.is_relative_to(root) for root in roots)
+        is_folder = inside and resolved.is_dir()
+    except (OSError, ValueError) as error:  # a zero byte, an over-long name, a folder that may not be entered
+        raise InvalidRequestError.of("path", f"cannot be read: {error!s:.200}") from error
+    if not inside:
         allowed = ", ".join(str(root) for root in roots) or "none are configured"
         raise InvalidRequestError.of("path", f"{path} is not below the allowed adapter roots ({allowed})")
-    if not resolved.is_dir():
+    if not is_folder:
         raise InvalidRequestError.of("path", f"{path} is not a folder")
     return resolved
 

@@ -1,7 +1,8 @@
 """`python -m loraplex.adapters.merge_process`: one merge in a process of its own, told and telling JSON.
 
 Reads one object with the arguments of `merge_adapter` from standard input and writes a line for each tensor,
-`{"done": 3, "total": 272}`; a failure is one line `{"error": "PreconditionError", "message": "..."}` and status 1.
+`{"done": 3, "total": 272}`; a failure is one line `{"error": "PreconditionError", "message": "..."}` and status 1. The
+error is named by its class in `errors`, whatever its own sub-class.
 SIGTERM, or a reader that goes away, ends the merge and leaves no output.
 """
 
@@ -15,7 +16,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from loraplex.adapters.errors import LoraplexError
+from loraplex.adapters.errors import (
+    AlreadyExistsError,
+    InvalidRequestError,
+    LoraplexError,
+    PreconditionError,
+    ResourceExhaustedError,
+)
 from loraplex.adapters.merge import MergeBase, merge_adapter
 
 
@@ -36,9 +43,15 @@ def main() -> int:
             progress=lambda done, total: _tell(done=done, total=total),
         )
     except LoraplexError as error:
-        _tell(error=type(error).__name__, message=str(error))
+        _tell(error=_public_name(error), message=str(error))
         return 1
     return 0
+
+
+def _public_name(error: LoraplexError) -> str:
+    """Return the class that callers know: a BindError is a PreconditionError to them."""
+    shared = (InvalidRequestError, AlreadyExistsError, PreconditionError, ResourceExhaustedError)
+    return next((kind.__name__ for kind in shared if isinstance(error, kind)), type(error).__name__)
 
 
 def _tell(**event: object) -> None:

@@ -40,8 +40,6 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
         """Register a folder on the server's disk."""
         if not request.path:
             raise InvalidRequestError.of("path", "is empty: give the adapter's folder on the server")
-        if "\0" in request.path:
-            raise InvalidRequestError.of("path", "holds a zero byte, which no path does")
         registration = await self._call(
             self._registry.register, request.name, Path(request.path), description=request.description
         )

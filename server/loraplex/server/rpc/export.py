@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
+import os
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
@@ -18,6 +20,7 @@ from typing import Any
 import grpc.aio
 
 from loraplex.adapters.registry import AdapterRegistry
+from loraplex.server.engine.request import MAX_ADAPTER_SCALE
 from loraplex.server.errors import (
     AlreadyExistsError,
     EngineError,
@@ -33,9 +36,6 @@ _BASES = {
     pb.MERGE_BASE_UNSPECIFIED: "full_precision",
     pb.MERGE_BASE_FULL_PRECISION: "full_precision",
     pb.MERGE_BASE_DEQUANTIZED: "dequantized",
-}
-_ERRORS: dict[str, type[LoraplexError]] = {
-    kind.__name__: kind for kind in (AlreadyExistsError, PreconditionError, ResourceExhaustedError)
 }
 
 
@@ -61,6 +61,9 @@ class ExportServicer(export_pb2_grpc.ExportServiceServicer):
     ) -> AsyncIterator[pb.MergeAdapterResponse]:
         """Write the merged model below the export root; leaving the stream ends the process and leaves no output."""
         output = self._output(request.output)
+        scale = request.scale if request.HasField("scale") else 1.0
+        if not (math.isfinite(scale) and abs(scale) <= MAX_ADAPTER_SCALE):
+            raise InvalidRequestError.of("scale", f"must be within ±{MAX_ADAPTER_SCALE}, got {scale}")
         base = _BASES.get(request.base)
         if base is None:
             raise InvalidRequestError.of("base", f"unknown value {request.base}")
@@ -74,8 +77,9 @@ class ExportServicer(export_pb2_grpc.ExportServiceServicer):
                 "output": str(output),
                 "base": base,
                 "quantization": None if base == "full_precision" else self._source.quantization,
-                "scale": request.scale if request.HasField("scale") else 1.0,
+                "scale": scale,
             }
+            done = total = 0
             async with self._busy, aclosing(_run_job(job)) as progress:
                 async for done, total in progress:
                     yield pb.MergeAdapterResponse(modules_done=done, modules_total=total)
@@ -83,18 +87,23 @@ class ExportServicer(export_pb2_grpc.ExportServiceServicer):
                 modules_done=done, modules_total=total, output_path=str(output), adapter_digest=record.digest
             )
         finally:
-            self._registry.release(record.digest)
+            # Releasing the last use of an unregistered adapter deletes files: not on the event loop.
+            await asyncio.shield(asyncio.to_thread(self._registry.release, record.digest))
 
     def _output(self, relative: str) -> Path:
         if self._root is None:
             raise PreconditionError("exports are off: start the server with --export-root DIR")
         if not relative:
             raise InvalidRequestError.of("output", "is empty: name a folder below the export root")
-        root = self._root.resolve()
-        output = (root / relative).resolve()
+        try:
+            root = self._root.resolve()
+            output = (root / relative).resolve()
+            exists = os.path.lexists(output)
+        except (OSError, ValueError, RuntimeError) as error:  # a zero byte, an over-long name, a loop of links
+            raise InvalidRequestError.of("output", f"is no path: {error!s:.200}") from error
         if output == root or not output.is_relative_to(root):
             raise InvalidRequestError.of("output", f"{relative!r} does not lie below the export root")
-        if output.exists():
+        if exists:
             raise AlreadyExistsError(f"{relative!r} exists below the export root: choose another output")
         return output
 
@@ -108,10 +117,13 @@ async def _run_job(job: dict[str, Any]) -> AsyncGenerator[tuple[int, int], None]
     """
     process = await asyncio.create_subprocess_exec(
         sys.executable,
+        "-P",  # what lies in the server's working directory is no module
         "-m",
         "loraplex.adapters.merge_process",
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
+        # Ctrl-C in the server's terminal is for the server, which then ends its merge.
+        start_new_session=True,
     )
     assert process.stdin is not None
     assert process.stdout is not None
@@ -121,7 +133,7 @@ async def _run_job(job: dict[str, Any]) -> AsyncGenerator[tuple[int, int], None]
         async for line in process.stdout:
             event = json.loads(line)
             if "error" in event:
-                raise _ERRORS.get(event["error"], LoraplexError)(event["message"])
+                raise _error(event["error"], event["message"])
             yield event["done"], event["total"]
         if await process.wait() != 0:
             raise EngineError(f"the merge process ended with status {process.returncode}; the server's log has more")
@@ -130,3 +142,13 @@ async def _run_job(job: dict[str, Any]) -> AsyncGenerator[tuple[int, int], None]
             # SIGTERM, not SIGKILL: the process removes its half-written folder.
             process.terminate()
             await process.wait()
+
+
+def _error(kind: str, message: str) -> LoraplexError:
+    """Return the error that the merge process told of."""
+    if kind == InvalidRequestError.__name__:
+        # The process has checked what only it can: the output's parent folder, for one.
+        field, _, description = message.partition(": ")
+        return InvalidRequestError.of(field, description)
+    known = {k.__name__: k for k in (AlreadyExistsError, PreconditionError, ResourceExhaustedError)}
+    return known.get(kind, EngineError)(message)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor
+from typing import TypeVar
 
 from loraplex.adapters.records import Registration
 from loraplex.adapters.registry import AdapterRegistry
 from loraplex.adapters.upload import UploadFile, UploadStager
 from loraplex.server.errors import InvalidRequestError
 from loraplex.v1 import adapter_pb2 as pb
+
+T = TypeVar("T")
 
 
 async def receive_upload(
@@ -22,7 +25,6 @@ async def receive_upload(
         InvalidRequestError: messages out of order, or files that are not what the header announced.
         LoraplexError: what the registration raises.
     """
-    loop = asyncio.get_running_loop()
     first = await anext(aiter(messages), None)
     if first is None or first.WhichOneof("part") != "header":
         raise InvalidRequestError.of("header", "must come in the first message, before any chunk")
@@ -33,6 +35,19 @@ async def receive_upload(
             if message.WhichOneof("part") != "chunk":
                 raise InvalidRequestError.of("chunk", "is missing: only the first message carries a header")
             # On a thread, one after the other: hashing and writing megabytes would hold up every stream.
-            await loop.run_in_executor(executor, stager.write, message.chunk.file, message.chunk.data)
-        folder = await loop.run_in_executor(executor, stager.finish)
-        return await loop.run_in_executor(executor, registry.register_upload, header.name, folder, header.description)
+            await _finish(executor, stager.write, message.chunk.file, message.chunk.data)
+        folder = await _finish(executor, stager.finish)
+        return await _finish(executor, registry.register_upload, header.name, folder, header.description)
+
+
+async def _finish(executor: Executor, function: Callable[..., T], *args: object) -> T:
+    """Call `function` on a thread; a caller that goes away is answered when it has returned.
+
+    Otherwise it would still be writing while the upload's folder is removed.
+    """
+    call = asyncio.get_running_loop().run_in_executor(executor, lambda: function(*args))
+    try:
+        return await asyncio.shield(call)
+    except asyncio.CancelledError:
+        await asyncio.wait([call])
+        raise
