@@ -47,7 +47,7 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtyp
 def test_norm(rows: int, size: int, dtype: torch.dtype) -> None:
     x, delta = random(rows, size, dtype=dtype, scale=3), random(rows, size, dtype=dtype)
     weight = random(size, dtype=torch.float32)
-    norm, reference = CpuRmsNorm(weight, 1e-3), RmsNorm(weight.double(), 1e-3)
+    norm, reference = CpuRmsNorm(weight, 1e-3, dtype), RmsNorm(weight.double(), 1e-3)
     assert_close(norm(x), reference(x.double()), dtype)
     total = x + delta
     normalized = norm.add(x, delta)
@@ -97,7 +97,7 @@ def test_gate_at_the_ends_of_the_range() -> None:
 
 
 def test_rows_do_not_depend_on_each_other() -> None:
-    norm, gate = CpuRmsNorm(torch.ones(64), 1e-6), CpuGate(gelu=False)
+    norm, gate = CpuRmsNorm(torch.ones(64), 1e-6, torch.float32), CpuGate(gelu=False)
     x = random(130, 64, dtype=torch.float32)
     assert torch.equal(norm(x)[77:78], norm(x[77:78].clone()))
     assert torch.equal(gate(x)[77:78], gate(x[77:78].clone()))

@@ -70,5 +70,5 @@ def make_norm(kind: NormKind, eps: float, weight: torch.Tensor, bias: torch.Tens
     if weight.device.type == "cpu":
         from loraplex.server.models.pointwise import CpuRmsNorm
 
-        return CpuRmsNorm(weight, eps)
+        return CpuRmsNorm(weight, eps, dtype)
     return RmsNorm(weight, eps)

@@ -12,31 +12,32 @@ from dataclasses import dataclass
 
 import torch
 
-from loraplex.server.models import pointwise_kernel as kernel
+from loraplex.server.models.pointwise_kernel import NUM_ARGUMENTS, pointwise_kernel
 from loraplex.server.native.team import Kernel
 
 # Work for fewer numbers than this is done before a second thread is awake.
 _PARALLEL_NUMBERS = 1 << 15
 
-_Block = ctypes.c_int64 * kernel.NUM_ARGUMENTS
-_NORM = struct.Struct("8q")
-_ROTATE = struct.Struct("9q")
-_GATE = struct.Struct("6q")
+_Block = ctypes.c_int64 * NUM_ARGUMENTS
+_NORM = struct.Struct("7q")
+_ROTATE = struct.Struct("8q")
+_GATE = struct.Struct("5q")
 
 
-def _call(run: Kernel, block: ctypes.Array[ctypes.c_int64], numbers: int) -> None:
-    run(ctypes.addressof(block), 1 if numbers < _PARALLEL_NUMBERS else torch.get_num_threads())
+def _call(kernel: Kernel, block: ctypes.Array[ctypes.c_int64], numbers: int) -> None:
+    kernel(ctypes.addressof(block), 1 if numbers < _PARALLEL_NUMBERS else torch.get_num_threads())
 
 
 class CpuRmsNorm:
     """Implements `Norm`: `x / sqrt(mean(x^2) + eps) * weight`, and the addition before it in the same pass."""
 
-    def __init__(self, weight: torch.Tensor, eps: float) -> None:
-        """Take the weight, (features,), as it is to be multiplied."""
+    def __init__(self, weight: torch.Tensor, eps: float, dtype: torch.dtype) -> None:
+        """Take the weight, (features,), as it is to be multiplied, and the dtype of activations."""
         self._weight = weight.float().contiguous()
         self._eps = torch.tensor([eps], dtype=torch.float32)
         self._constants = (self._weight.data_ptr(), self._eps.data_ptr(), weight.shape[0])
-        self._kernel = kernel.norm_kernel()
+        self._dtype = dtype
+        self._kernel = pointwise_kernel("norm", dtype)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Return the normalized `x`; (T, features)."""
@@ -45,14 +46,16 @@ class CpuRmsNorm:
     def add(self, x: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
         """Add `delta` to `x` in place and return the normalized sum."""
         assert delta.is_contiguous(), "a product's output is contiguous"
+        assert delta.dtype is self._dtype, "a product's output has the dtype of activations"
+        assert delta.shape == x.shape, "a product's output is as wide as the residual stream"
         return self._run(x, delta.data_ptr())
 
     def _run(self, x: torch.Tensor, delta: int) -> torch.Tensor:
         assert x.is_contiguous(), "the residual stream is contiguous"
+        assert x.dtype is self._dtype, "the residual stream has the dtype of activations"
         out = torch.empty_like(x)
         block = _Block()
-        is_bf16 = x.dtype is torch.bfloat16
-        _NORM.pack_into(block, 0, x.shape[0], is_bf16, x.data_ptr(), delta, out.data_ptr(), *self._constants)
+        _NORM.pack_into(block, 0, x.shape[0], x.data_ptr(), delta, out.data_ptr(), *self._constants)
         _call(self._kernel, block, x.numel())
         return out
 
@@ -68,12 +71,12 @@ class CpuRotation:
         """Rotate (T, heads, head_dim) in place; the heads of a token lie side by side."""
         tokens, count, size = heads.shape
         assert heads.stride()[1:] == (size, 1), "heads are slices of a packed product"
+        assert tokens == self.cos.shape[0], "every token has its angles"
         block = _Block()
         shape = (heads.stride(0), count, size, self.cos.shape[1])
-        is_bf16 = heads.dtype is torch.bfloat16
         pointers = (self.cos.data_ptr(), self.sin.data_ptr())
-        _ROTATE.pack_into(block, 0, tokens, is_bf16, heads.data_ptr(), *shape, *pointers)
-        _call(kernel.rotate_kernel(), block, heads.numel())
+        _ROTATE.pack_into(block, 0, tokens, heads.data_ptr(), *shape, *pointers)
+        _call(pointwise_kernel("rotate", heads.dtype), block, heads.numel())
         return heads
 
 
@@ -83,7 +86,6 @@ class CpuGate:
     def __init__(self, *, gelu: bool) -> None:
         """Take GELU in its tanh form, or SiLU."""
         self._gelu = gelu
-        self._kernel = kernel.gate_kernel()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Return the gated values."""
@@ -91,7 +93,6 @@ class CpuGate:
         tokens, width = x.shape[0], x.shape[1] // 2
         out = x.new_empty(tokens, width)
         block = _Block()
-        is_bf16 = x.dtype is torch.bfloat16
-        _GATE.pack_into(block, 0, tokens, is_bf16, x.data_ptr(), out.data_ptr(), width, self._gelu)
-        _call(self._kernel, block, x.numel())
+        _GATE.pack_into(block, 0, tokens, x.data_ptr(), out.data_ptr(), width, self._gelu)
+        _call(pointwise_kernel("gate", x.dtype), block, x.numel())
         return out
