@@ -55,8 +55,12 @@ def test_logits_equal_transformers(tiny: TinyModel, tmp_path: Path) -> None:
     assert all(row.std() > 0.3 for row in expected), "a model without differences proves nothing"
     model = load_model(str(tmp_path), dtype="float32", max_model_len=tiny.max_model_len)
     assert model.eos_token_ids == (2,)
-    for ours, theirs in zip(our_logits(model), expected, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=TOLERANCE, rtol=0)
+    at_once = PagedRows(model.decoder, sequences(), model.dtype)
+    at_once.advance(dict(enumerate(LENGTHS)))
+    whole = [torch.stack(logits) for logits in at_once.logits]
+    for mixed, prefilled, theirs in zip(our_logits(model), whole, expected, strict=True):
+        torch.testing.assert_close(mixed, theirs, atol=TOLERANCE, rtol=0)
+        torch.testing.assert_close(prefilled, theirs, atol=TOLERANCE, rtol=0)
 
 
 # A family each, and both ways of packing.

@@ -6,55 +6,109 @@ near one file's tensors plus what is finished.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from loraplex.server.attention.interface import Attention, AttentionParams
+from loraplex.server.errors import ModelLoadError
 from loraplex.server.models.activations import make_activation
 from loraplex.server.models.config import DecoderConfig
 from loraplex.server.models.decoder import Decoder, DecoderLayer, DecoderParts, Projection
 from loraplex.server.models.layout import LM_HEAD, LayerVectors, Layout
+from loraplex.server.models.linear import DenseLinear, Linear
 from loraplex.server.models.norms import Norm, RmsNorm, make_norm
-from loraplex.server.models.quantization import Linear
 from loraplex.server.models.rotary import Rotary
 
-# Packs weights (out_i, in) into one product; told the name of the site.
-Pack = Callable[[str, Sequence[torch.Tensor]], Linear]
+_HEAD_WEIGHT = f"{LM_HEAD}.weight"
+
+# One module's weight: {"weight": (out, in)}, or as bitsandbytes stored it quantized, with more names.
+StoredWeight = Mapping[str, torch.Tensor]
+# Packs the weights of a site, which it is told the name of, into one product.
+Pack = Callable[[str, Sequence[StoredWeight]], Linear]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor belongs: the site, the module in it, and which part of the module's weight it is."""
+
+    site: int
+    module: str
+    part: str
 
 
 class DecoderBuilder:
-    """Collects tensors by their Hugging Face names; `match_tensors` has checked that all will come."""
+    """Collects tensors by their Hugging Face names."""
 
     def __init__(
-        self, config: DecoderConfig, layout: Layout, pack: Pack, dtype: torch.dtype, device: torch.device
+        self,
+        config: DecoderConfig,
+        layout: Layout,
+        names: Collection[str],
+        pack: Pack,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
+        """Expect the tensors `names`, which `match_tensors` has found to be all that are needed."""
         self._config = config
         self._layout = layout
         self._pack = pack
         self._dtype = dtype
         self._device = device
         self._site_of = {module.name: index for index, linear in enumerate(layout.linears) for module in linear.modules}
-        self._parts: dict[int, dict[str, torch.Tensor]] = {}
+        self._places = {name: place for name in names if (place := self._place(name)) is not None}
+        self._awaited = Counter(place.site for place in self._places.values())
+        self._parts: dict[int, dict[str, dict[str, torch.Tensor]]] = {}
         self._linears: dict[int, Linear] = {}
         self._vectors: dict[str, torch.Tensor] = {}
         self.weight_bytes = 0
         """Memory of everything that `build` put into the decoder, vectors as they were stored."""
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Take one tensor, which may be a view of a mapped file; `name` is one of `Layout.shapes()`."""
-        module, _, kind = name.rpartition(".")
-        site = self._site_of.get(module)
-        if site is None or kind != "weight" or module == LM_HEAD:
-            # Copied, so that the mapping of the file can go. lm_head may be tied to an embedding still to come.
-            self._vectors[name] = tensor.to(self._device, copy=True)
+        """Take one tensor, which may be a view of a mapped file."""
+        place = self._places.get(name)
+        if place is None:
+            self._vectors[name] = tensor.to(self._device, copy=True)  # copied, so that the mapping of the file can go
             return
+        self._parts.setdefault(place.site, {}).setdefault(place.module, {})[place.part] = tensor
+        self._awaited[place.site] -= 1
+        if not self._awaited[place.site]:
+            self._linears[place.site] = self._packed(place.site, self._parts.pop(place.site))
+
+    def _place(self, name: str) -> _Place | None:
+        """Return where a tensor belongs, None for vectors: all that is no matrix of a layer, and a plain lm_head."""
+        module, _, part = name.rpartition(".")
+        while module and module not in self._site_of:
+            module, _, before = module.rpartition(".")
+            part = f"{before}.{part}"
+        if not module or part == "bias" or name == _HEAD_WEIGHT:
+            return None  # lm_head may be tied to an embedding still to come
+        return _Place(self._site_of[module], module, part)
+
+    def _packed(self, site: int, parts: Mapping[str, StoredWeight]) -> Linear:
         linear = self._layout.linears[site]
-        parts = self._parts.setdefault(site, {})
-        parts[module] = tensor.t().contiguous() if self._layout.names.conv1d else tensor
-        if len(parts) == len(linear.modules):
-            del self._parts[site]
-            self._linears[site] = self._pack(linear.name, [parts[module.name] for module in linear.modules])
+        weights = [self._detached(parts[module.name], alone=len(parts) == 1) for module in linear.modules]
+        try:
+            packed = self._pack(linear.name, weights)
+        except ModelLoadError as error:
+            raise ModelLoadError(f"{', '.join(module.name for module in linear.modules)}: {error}") from error
+        expected = (linear.site.in_features, linear.site.out_features)
+        if (packed.in_features, packed.out_features) != expected:
+            raise ModelLoadError(
+                f"the quantized weights of {', '.join(parts)} are for {packed.in_features} inputs and "
+                f"{packed.out_features} outputs instead of {expected[0]} and {expected[1]}"
+            )
+        return packed
+
+    def _detached(self, weight: StoredWeight, *, alone: bool) -> StoredWeight:
+        """Return a module's weight as (out, in), not in the file's mapping any more if it might be used as it is."""
+        if len(weight) > 1:
+            return {part: tensor.clone() for part, tensor in weight.items()}
+        if self._layout.names.conv1d:  # bitsandbytes turns the weights that it quantizes: those above lie right
+            return {"weight": weight["weight"].t().contiguous()}
+        return {"weight": weight["weight"].clone()} if alone else weight
 
     def build(self, attention: Attention) -> Decoder:
         """Return the decoder, once every tensor has been added."""
@@ -71,26 +125,28 @@ class DecoderBuilder:
         )
         self.weight_bytes = sum(linear.nbytes for linear in self._linears.values())
         self.weight_bytes += sum(vector.nbytes for vector in self._vectors.values())
-        if tied:
-            self.weight_bytes -= embedding.nbytes
+        if tied and isinstance(parts.lm_head, DenseLinear) and embedding.dtype == self._dtype:
+            self.weight_bytes -= embedding.nbytes  # the same memory
         sites = [linear.site for linear in self._layout.linears]
         return Decoder(self._config, parts, sites, attention, self._dtype)
 
     def _make_embeddings(self) -> bool:
-        """Settle the embedding matrix and make lm_head; return whether they are one matrix in memory."""
+        """Settle the embedding matrix and make lm_head; return whether lm_head is made of the same tensor."""
         table = self._vectors.get(self._layout.embedding)
-        head = self._vectors.pop(f"{LM_HEAD}.weight", None)
+        head = self._vectors.pop(_HEAD_WEIGHT, None)
         # As transformers does: two different matrices are not tied, whatever the configuration says.
         tied = self._config.tied_embeddings and (table is None or head is None or torch.equal(table, head))
         table = head if table is None else table
         assert table is not None, "an embedding matrix was checked to be there"
-        if tied or table.itemsize > self._dtype.itemsize:
+        if table.itemsize >= self._dtype.itemsize:  # narrower ones stay: looking up widens exactly
             table = table.to(self._dtype)
-        if tied:
-            head = table
-        assert head is not None, "an lm_head was checked to be there"
         self._vectors[self._layout.embedding] = table
-        self._linears[len(self._layout.linears) - 1] = self._pack(LM_HEAD, [head])
+        last = len(self._layout.linears) - 1
+        if last in self._linears:  # the checkpoint holds it quantized
+            return False
+        weight = table if tied else head
+        assert weight is not None, "an lm_head was checked to be there"
+        self._linears[last] = self._pack(LM_HEAD, [{"weight": weight}])
         return tied
 
     def _layer(self, index: int, names: LayerVectors) -> DecoderLayer:

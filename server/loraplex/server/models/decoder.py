@@ -19,8 +19,8 @@ from loraplex.server.lora.ops.interface import LoraContext
 from loraplex.server.lora.weights import LinearSite
 from loraplex.server.models.activations import Activation
 from loraplex.server.models.config import DecoderConfig
+from loraplex.server.models.linear import Linear
 from loraplex.server.models.norms import Norm
-from loraplex.server.models.quantization import Linear
 from loraplex.server.models.rotary import Rotary, Rotation
 
 

@@ -95,6 +95,7 @@ class Layout:
         linears = [_layer_linears(config, names, f"layers.{i}", prefix) for i, prefix in enumerate(prefixes)]
         head = LinearModule(LM_HEAD, config.hidden_size, config.vocab_size, bias=False)
         self.linears = (*(linear for layer in linears for linear in layer), PackedLinear(LM_HEAD, (head,)))
+        self.module_names = frozenset(module.name for linear in self.linears for module in linear.modules)
         self._config = config
 
     def modules(self) -> Mapping[str, BaseModule]:

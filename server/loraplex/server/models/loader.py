@@ -15,21 +15,25 @@ import torch
 from loraplex.adapters.binding import BaseModel
 from loraplex.server.attention.interface import make_attention
 from loraplex.server.errors import ModelLoadError
-from loraplex.server.models.builder import DecoderBuilder
+from loraplex.server.models.builder import DecoderBuilder, Pack, StoredWeight
 from loraplex.server.models.checkpoint import Checkpoint
 from loraplex.server.models.compute_dtype import compute_dtype
 from loraplex.server.models.config import DecoderConfig
-from loraplex.server.models.config_reader import read_json
+from loraplex.server.models.config_reader import ConfigReader, read_json
 from loraplex.server.models.decoder import Decoder
 from loraplex.server.models.families import context_limits, find_family
 from loraplex.server.models.family import Family
 from loraplex.server.models.fingerprint import Fingerprint
 from loraplex.server.models.layout import LM_HEAD, Layout
 from loraplex.server.models.matching import match_tensors
-from loraplex.server.models.quantization import Linear, make_linear
+from loraplex.server.models.quantization import (
+    QUANTIZATIONS,
+    Linear,
+    choose_weight_execution,
+    from_prequantized,
+    make_linear,
+)
 from loraplex.server.models.source import resolve_model
-
-QUANTIZATIONS = ("none", "nf4", "fp4", "int8")
 
 # Called with how many of the weights have been read, and how many there are.
 Progress = Callable[[int, int], None]
@@ -88,24 +92,20 @@ def load_model(
     Raises:
         ModelLoadError: saying what is missing, wrong, or not supported.
     """
-    if quantization not in QUANTIZATIONS:
-        raise ModelLoadError(f"unknown quantization {quantization!r}: {', '.join(QUANTIZATIONS)}")
     target = torch.device(device)
     compute = compute_dtype(dtype, target)
     path = resolve_model(model)
     values = read_json(path / "config.json")
     family = find_family(values)
-    _refuse_quantized(values)
+    kind, prequantized = _quantization(values, quantization)
     context = _context(family, values, max_model_len)
     config = family.read(values, long_context=context.long)
     layout = Layout(config, family.names)
-
-    def pack(site: str, weights: Sequence[torch.Tensor]) -> Linear:
-        kind = "none" if site == LM_HEAD else quantization
-        return make_linear(weights, kind, compute, target, weight_execution)
-
-    builder = DecoderBuilder(config, layout, pack, compute, target)
-    fingerprint = _read(Checkpoint.open(path), config, layout, builder, progress)
+    pack = _packer(layout, kind, prequantized, compute, target, weight_execution)
+    checkpoint = Checkpoint.open(path)
+    names = match_tensors(checkpoint.tensors, layout, config)
+    builder = DecoderBuilder(config, layout, names.values(), pack, compute, target)
+    fingerprint = _read(checkpoint, names, config, builder, progress)
     decoder = builder.build(make_attention(target))
     return LoadedModel(
         decoder=decoder,
@@ -116,17 +116,38 @@ def load_model(
         eos_token_ids=_eos_token_ids(path, family, values),
         vocab_size=config.vocab_size,
         dtype=compute,
-        quantization=quantization,
+        quantization=kind,
         device=device,
         weight_bytes=builder.weight_bytes,
     )
 
 
+def _packer(
+    layout: Layout, kind: str, prequantized: bool, dtype: torch.dtype, device: torch.device, weight_execution: str
+) -> Pack:
+    """Return what makes the products of the layers and lm_head; how they are multiplied is decided once for all."""
+    layers = [module for site in layout.linears[:-1] for module in site.modules]
+    size = sum(module.in_features * module.out_features for module in layers)
+    execution = choose_weight_execution(weight_execution, kind, dtype, device, size)
+
+    def pack(site: str, weights: Sequence[StoredWeight]) -> Linear:
+        if any(len(weight) > 1 for weight in weights):
+            return from_prequantized(weights, dtype, device, execution)
+        matrices = [weight["weight"] for weight in weights]
+        plain = site == LM_HEAD or prequantized  # what bitsandbytes left alone
+        return make_linear(matrices, "none" if plain else kind, dtype, device, execution)
+
+    return pack
+
+
 def _read(
-    checkpoint: Checkpoint, config: DecoderConfig, layout: Layout, builder: DecoderBuilder, progress: Progress | None
+    checkpoint: Checkpoint,
+    names: Mapping[str, str],
+    config: DecoderConfig,
+    builder: DecoderBuilder,
+    progress: Progress | None,
 ) -> str:
     """Give every needed tensor to `builder`; return the fingerprint."""
-    names = match_tensors(checkpoint.tensors, layout, config)
     total = sum(checkpoint.tensors[name].numel for name in names)
     done = 0
     with Fingerprint() as fingerprint:
@@ -156,14 +177,32 @@ def _context(family: Family, values: Mapping[str, Any], wanted: int) -> _Context
     return _Context(wanted or usual, wanted > usual)
 
 
-def _refuse_quantized(values: Mapping[str, Any]) -> None:
+def _quantization(values: Mapping[str, Any], wanted: str) -> tuple[str, bool]:
+    """Return the quantization that the layers will have, and whether the checkpoint has it already.
+
+    Raises:
+        ModelLoadError: for an unknown name, a checkpoint quantized by something else than bitsandbytes, or in another
+            way than wanted.
+    """
+    if wanted not in QUANTIZATIONS:
+        raise ModelLoadError(f"unknown quantization {wanted!r}: {', '.join(QUANTIZATIONS)}")
     stored = values.get("quantization_config")
-    if stored:
-        method = stored.get("quant_method", "an unknown method") if isinstance(stored, dict) else stored
+    if not stored:
+        return wanted, False
+    config = ConfigReader(stored, {}, "config.json, quantization_config")
+    if config.flag("load_in_4bit"):
+        kind = config.get("bnb_4bit_quant_type") or "fp4"
+    elif config.flag("load_in_8bit"):
+        kind = "int8"
+    else:
+        method = config.get("quant_method") or "an unknown method"
         raise ModelLoadError(
-            f"the checkpoint is already quantized ({method}), which is not supported: give the unquantized model and "
-            "--quantization"
+            f"the checkpoint is quantized by {method}, which is not supported: give the unquantized model and let "
+            "--quantization quantize it"
         )
+    if wanted not in ("none", kind):
+        raise ModelLoadError(f"the checkpoint is already quantized to {kind}, which cannot become {wanted}")
+    return str(kind), True
 
 
 def _eos_token_ids(path: Path, family: Family, values: Mapping[str, Any]) -> tuple[int, ...]:
