@@ -150,10 +150,11 @@ class Metrics:
             if value is not None:
                 histogram.observe(value)
 
-    def on_queue(self, num_running: int, num_waiting: int) -> None:
-        """Take the queue's lengths when no step runs."""
+    def on_queue(self, num_running: int, num_waiting: int, kv_cache_usage: float) -> None:
+        """Take the queue's lengths and the share of KV blocks in use when no step runs."""
         self._running.set(num_running)
         self._waiting.set(num_waiting)
+        self._kv_usage.set(kv_cache_usage)
 
     def on_slots(self, stats: SlotStats) -> None:
         """Take the state of the adapter memory."""

@@ -111,7 +111,8 @@ class Engine:
         if plan.scheduled:
             self._run(plan, start)
         else:
-            self._observer.on_queue(len(self._parts.scheduler.running), self._parts.scheduler.num_waiting)
+            scheduler = self._parts.scheduler
+            self._observer.on_queue(len(scheduler.running), scheduler.num_waiting, self._parts.blocks.usage)
         self._flush()
         return bool(plan.scheduled)
 

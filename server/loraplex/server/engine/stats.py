@@ -75,8 +75,8 @@ class EngineObserver(Protocol):
     def on_request(self, stats: RequestStats) -> None:
         """Take the figures of one ended choice."""
 
-    def on_queue(self, num_running: int, num_waiting: int) -> None:
-        """Take the queue's lengths when there is nothing to run."""
+    def on_queue(self, num_running: int, num_waiting: int, kv_cache_usage: float) -> None:
+        """Take the queue's lengths and the share of KV blocks in use when there is nothing to run."""
 
     def on_slots(self, stats: SlotStats) -> None:
         """Take the state of the adapter memory, whenever it changes."""
@@ -91,7 +91,7 @@ class NullObserver:
     def on_request(self, stats: RequestStats) -> None:
         """Do nothing."""
 
-    def on_queue(self, num_running: int, num_waiting: int) -> None:
+    def on_queue(self, num_running: int, num_waiting: int, kv_cache_usage: float) -> None:
         """Do nothing."""
 
     def on_slots(self, stats: SlotStats) -> None:
