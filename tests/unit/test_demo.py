@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ from loraplex.cli.demo_cases import (
     read_example,
 )
 from loraplex.cli.demo_record import Record, answers_as_json, answers_table
+from loraplex.cli.termination import sigterm_raises
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -147,3 +150,11 @@ def test_server_that_does_not_start_is_reported(tmp_path: Path, capfd: pytest.Ca
     ):
         server.wait_until_ready(60)
     assert "no-such-option" in capfd.readouterr().err
+
+
+def test_sigterm_leaves_through_the_contexts() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as exit_, sigterm_raises():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert exit_.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before

@@ -62,10 +62,13 @@ def w16(
     """Run W16: 16 requests at once for 16 adapters (mixed), for one of them (same), and for the base."""
     from loraplex.bench.w16 import CASES
     from loraplex.cli import bench_run
+    from loraplex.cli.termination import sigterm_raises
 
     chosen = [name.strip() for name in cases.split(",")]
     if unknown := [name for name in chosen if name not in CASES]:
         raise typer.BadParameter(f"no such case: {', '.join(unknown)}", param_hint="--cases")
     arguments = ["--model", model, "--quantization", quantization, *shlex.split(serve_args)]
-    if not bench_run.measure_w16(server, arguments, chosen, repeat, json_file):
+    with sigterm_raises():
+        completed = bench_run.measure_w16(server, arguments, chosen, repeat, json_file)
+    if not completed:
         raise typer.Exit(1)

@@ -21,7 +21,10 @@ def demo(
     """Serve three adapters and the base in one batch, add a fourth, merge one, and check all of it."""
     from loraplex.cli.demo_cases import find_examples
     from loraplex.cli.demo_run import run
+    from loraplex.cli.termination import sigterm_raises
 
     folder = examples.resolve() if examples is not None else find_examples()
-    if not run(folder, output or folder.parents[1] / "bench" / "results" / "demo.json"):
+    with sigterm_raises():
+        held = run(folder, output or folder.parents[1] / "bench" / "results" / "demo.json")
+    if not held:
         raise typer.Exit(1)

@@ -17,7 +17,7 @@ from typing import Any
 
 def main() -> None:
     """Do one job: `model`, `adapter` (folders), `quantization`, `prompts`, `max_tokens`."""
-    os.nice(19)
+    os.nice(10)
     # Whatever the libraries print, the texts alone go to the reader.
     out = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
