@@ -130,8 +130,8 @@ class RunningServer:
             self.begin_stop(grace_s)()
 
     def client(self, retry: RetryPolicy = NO_RETRY, **options: Any) -> Client:
-        """Return a client that tries once."""
-        return Client(self.target, timeout=30, retry=retry, **options)
+        """Return a client that tries once; the first answers may wait for kernels to be compiled."""
+        return Client(self.target, timeout=120, retry=retry, **options)
 
     def metric(self, name: str) -> float:
         """Return one series (with its labels, if it has any) as Prometheus would scrape it; 0 if it is not there."""

@@ -102,7 +102,7 @@ def test_tokens_are_counted_for_the_adapter(server: RunningServer, client: Clien
 
 
 async def test_async_client(server: RunningServer, expected: dict[str, tuple[int, ...]]) -> None:
-    async with AsyncClient(server.target, timeout=30) as client:
+    async with AsyncClient(server.target, timeout=120) as client:
         answer = await client.generate(PROMPT, "beta", max_tokens=12, ignore_eos=True)
         assert answer.choices[0].token_ids == expected["beta"]
         pieces = [piece async for piece in client.stream(PROMPT, "beta", max_tokens=12, ignore_eos=True)]

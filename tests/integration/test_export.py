@@ -1,0 +1,84 @@
+"""MergeAdapter over gRPC: what it writes, what it refuses, and that a merge left early leaves nothing."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from loraplex.client import Client
+from loraplex.client.errors import AlreadyExistsError, InvalidRequestError, NotFoundError, PreconditionError
+from tests.integration.serving import Folders, RunningServer, eventually
+
+
+def test_merged_model_answers_like_the_adapter(
+    server: RunningServer, client: Client, expected: dict[str, tuple[int, ...]]
+) -> None:
+    progress = list(client.merge_adapter("alpha", "merged"))
+    assert progress[-1].output_path == str(server.folders.export / "merged")
+    assert progress[-1].adapter_digest == client.get_adapter("alpha").digest
+    assert progress[-1].modules_done == progress[-1].modules_total > 0
+    folder = Path(progress[-1].output_path)
+    assert not list(folder.glob("adapter_*"))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = AutoTokenizer.from_pretrained(folder)("The quick brown", return_tensors="pt").input_ids
+    with torch.no_grad():
+        for _ in range(12):
+            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
+    assert tuple(ids[0, -12:].tolist()) == expected["alpha"]
+    with pytest.raises(AlreadyExistsError, match="choose another"):
+        client.merge_adapter("alpha", "merged").result()
+
+
+OUTSIDE = {
+    "empty": "",
+    "the root": ".",
+    "dots": "../escaped",
+    "absolute": "/tmp/escaped",
+    "link": "link/escaped",
+    "no parent": "no/such/parent",
+    "zero byte": "a\0b",
+    "over-long": "x" * 5000,
+}
+
+
+@pytest.mark.parametrize("case", OUTSIDE)
+def test_outputs_that_are_refused(server: RunningServer, client: Client, tmp_path: Path, case: str) -> None:
+    link = server.folders.export / "link"
+    link.symlink_to(tmp_path)
+    try:
+        with pytest.raises(InvalidRequestError) as raised:
+            client.merge_adapter("alpha", OUTSIDE[case]).result()
+    finally:
+        link.unlink()
+    assert [violation.field for violation in raised.value.violations] == ["output"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_arguments_that_are_refused(client: Client) -> None:
+    with pytest.raises(InvalidRequestError, match="scale"):
+        client.merge_adapter("alpha", "out", scale=math.nan).result()
+    with pytest.raises(NotFoundError):
+        client.merge_adapter("none", "out").result()
+    with pytest.raises(PreconditionError, match="not quantized"):
+        client.merge_adapter("alpha", "out", base="dequantized").result()
+
+
+def test_exports_that_are_off(folders: Folders) -> None:
+    with RunningServer(folders, export_root=None) as server, server.client() as client:
+        merging = client.merge_adapter("alpha", "out")
+        with pytest.raises(PreconditionError, match="--export-root"):
+            merging.result()
+
+
+def test_left_merge_leaves_nothing(server: RunningServer, client: Client) -> None:
+    before = set(os.listdir(server.folders.export))
+    stream = client.merge_adapter("beta", "left")
+    eventually(lambda: client.get_adapter("beta").active_requests == 1, "the merge has begun")
+    stream.close()
+    eventually(lambda: client.get_adapter("beta").active_requests == 0, "the merge has ended")
+    assert set(os.listdir(server.folders.export)) == before
