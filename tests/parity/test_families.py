@@ -86,6 +86,7 @@ def merge(model: PreTrainedModel, adapter: BoundAdapter, *, transposed: bool) ->
         for name, weights in adapter.modules.items():
             delta = weights.scaling * weights.b @ weights.a
             weight = model.get_submodule(name).weight
+            assert isinstance(weight, torch.Tensor)
             weight.add_(delta.T if transposed and name != "lm_head" else delta)
 
 

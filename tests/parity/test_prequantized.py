@@ -43,11 +43,13 @@ def quantized_checkpoint(name: str, kind: str, folder: Path) -> PreTrainedModel:
 
 def their_weight(module: torch.nn.Module, conv1d: bool) -> torch.Tensor:
     """Return what a module's weight stands for, (out, in) float32."""
+    weight = module.weight
+    assert isinstance(weight, torch.nn.Parameter)
     if isinstance(module, torch.nn.Linear) and type(module) is not torch.nn.Linear:
-        restored: torch.Tensor = dequantize_bnb_weight(module.weight, getattr(module, "state", None))
+        restored: torch.Tensor = dequantize_bnb_weight(weight, getattr(module, "state", None))
         return restored.float()
-    weight = module.weight.detach().float()  # left unquantized
-    return weight.T if conv1d else weight
+    plain = weight.detach().float()  # left unquantized
+    return plain.T if conv1d else plain
 
 
 @pytest.mark.parametrize("kind", METHODS)

@@ -60,14 +60,14 @@ def test_norm(rows: int, size: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("rotary_dim", [64, 12])
 def test_rotation(rows: int, rotary_dim: int, dtype: torch.dtype) -> None:
     config = RopeConfig(rotary_dim, theta=500.0, attention_factor=1.25)
-    positions = torch.arange(rows) * 7
+    positions = torch.arange(rows) * 70  # the last ones lie beyond the table that is made first
     qkv = random(rows, 9, 64, dtype=dtype)
     angles = positions[:, None].float() * rope_frequencies(config)
     cos, sin = 1.25 * angles.cos().double(), 1.25 * angles.sin().double()
     reference = TorchRotation(torch.cat((cos, cos), -1).unsqueeze(1), torch.cat((-sin, sin), -1).unsqueeze(1))
     expected = qkv.double()
     expected[:, :6] = reference.apply(expected[:, :6].clone())
-    rotated = Rotary(config, dtype, torch.device("cpu")).rotation(positions).apply(qkv[:, :6])
+    rotated = Rotary(config, dtype, torch.device("cpu")).rotation(positions, 70 * rows).apply(qkv[:, :6])
     assert torch.equal(rotated, qkv[:, :6])
     torch.testing.assert_close(qkv.double(), expected, rtol=0, atol=4 * TOLERANCE[dtype])
 

@@ -134,7 +134,7 @@ class Decoder:
             returns (L, vocab) float32, the logits after the tokens `batch.logits_indices`.
         """
         parts = self._parts
-        rotation = None if parts.rotary is None else parts.rotary.rotation(batch.positions)
+        rotation = None if parts.rotary is None else parts.rotary.rotation(batch.positions, max(batch.context_lens_cpu))
         step = Step(batch, rotation, lora)
         x = self._embed(batch)
         delta: torch.Tensor | None = None

@@ -20,7 +20,7 @@ _PARALLEL_NUMBERS = 1 << 15
 
 _Block = ctypes.c_int64 * NUM_ARGUMENTS
 _NORM = struct.Struct("7q")
-_ROTATE = struct.Struct("8q")
+_ROTATE = struct.Struct("7q")
 _GATE = struct.Struct("5q")
 
 
@@ -62,20 +62,20 @@ class CpuRmsNorm:
 
 @dataclass(frozen=True)
 class CpuRotation:
-    """Implements `Rotation`; `cos` and `sin` are (T, rotary_dim / 2) float32."""
+    """Implements `Rotation`; `angles` is (T, rotary_dim) float32, the cosines and then the sines of each token."""
 
-    cos: torch.Tensor
-    sin: torch.Tensor
+    angles: torch.Tensor
 
     def apply(self, heads: torch.Tensor) -> torch.Tensor:
         """Rotate (T, heads, head_dim) in place; the heads of a token lie side by side."""
         tokens, count, size = heads.shape
         assert heads.stride()[1:] == (size, 1), "heads are slices of a packed product"
-        assert tokens == self.cos.shape[0], "every token has its angles"
+        assert tokens == self.angles.shape[0], "every token has its angles"
         block = _Block()
-        shape = (heads.stride(0), count, size, self.cos.shape[1])
-        pointers = (self.cos.data_ptr(), self.sin.data_ptr())
-        _ROTATE.pack_into(block, 0, tokens, heads.data_ptr(), *shape, *pointers)
+        half = self.angles.shape[1] // 2
+        _ROTATE.pack_into(
+            block, 0, tokens, heads.data_ptr(), heads.stride(0), count, size, half, self.angles.data_ptr()
+        )
         _call(pointwise_kernel("rotate", heads.dtype), block, heads.numel())
         return heads
 

@@ -22,8 +22,8 @@ ROWS = 0
 NEXT_ROWS, NUM_ARGUMENTS = 16, 24
 # The norm: out = rms(x + delta) * weight, and x + delta stored in x; no delta at address 0.
 X, DELTA, OUT, WEIGHT, EPS, SIZE = range(1, 7)
-# The rotation, in place, of `HEADS` heads of each row.
-QK, ROW_STRIDE, HEADS, HEAD_DIM, HALF, COS, SIN = range(1, 8)
+# The rotation, in place, of `HEADS` heads of each row; a row of angles is HALF cosines and HALF sines.
+QK, ROW_STRIDE, HEADS, HEAD_DIM, HALF, ANGLES = range(1, 7)
 # The gate: out = activation(x[:, :n]) * x[:, n:].
 GATE_X, GATE_OUT, WIDTH, IS_GELU = range(1, 5)
 
@@ -71,24 +71,23 @@ def _norm(arguments: int, like: Float32) -> None:
 
 
 @compiled
-def _rotate_head(qk: Pointer, a: int, angle: int, p: Pointer, like: Float32) -> None:
-    half, cos, sin = p[HALF], f32_at(p[COS]), f32_at(p[SIN])
-    b = a + half
+def _rotate_head(qk: Pointer, a: int, angles: Pointer, cos: int, half: int, like: Float32) -> None:
+    b, sin = a + half, cos + half
     for i in range(half):
         u, v = widen(qk[a + i]), widen(qk[b + i])
-        qk[a + i] = narrow(u * cos[angle + i] - v * sin[angle + i], like)
-        qk[b + i] = narrow(v * cos[angle + i] + u * sin[angle + i], like)
+        qk[a + i] = narrow(u * angles[cos + i] - v * angles[sin + i], like)
+        qk[b + i] = narrow(v * angles[cos + i] + u * angles[sin + i], like)
 
 
 @compiled
 def _rotate(arguments: int, like: Float32) -> None:
     p = i64_at(arguments)
-    qk = pointer_like(p[QK], like)
+    qk, angles, half = pointer_like(p[QK], like), f32_at(p[ANGLES]), p[HALF]
     first = _take_rows(arguments)
     while first < p[ROWS]:
         for row in range(first, min(first + ROWS_AT_ONCE, p[ROWS])):
             for head in range(p[HEADS]):
-                _rotate_head(qk, row * p[ROW_STRIDE] + head * p[HEAD_DIM], row * p[HALF], p, like)
+                _rotate_head(qk, row * p[ROW_STRIDE] + head * p[HEAD_DIM], angles, 2 * row * half, half, like)
         first = _take_rows(arguments)
 
 

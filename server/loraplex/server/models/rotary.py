@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 
 from loraplex.server.models.config import RopeConfig
+
+_FIRST_ROWS = 4096
 
 
 class Rotation(Protocol):
@@ -41,27 +44,38 @@ class TorchRotation:
 
 
 class Rotary:
-    """Makes the Rotation of a batch from its positions."""
+    """Makes the Rotation of a batch: looks its positions up in a table that grows with the longest context so far.
+
+    Computed anew in every step (tried), cosines and sines cost little alone, but PyTorch wakes all threads for them.
+    """
 
     def __init__(self, config: RopeConfig, dtype: torch.dtype, device: torch.device) -> None:
         self._frequencies = rope_frequencies(config).to(device)  # (rotary_dim / 2,) float32
         self._factor = config.attention_factor
         self._dtype = dtype
+        self._table = self._rows(_FIRST_ROWS)
 
-    def rotation(self, positions: torch.Tensor) -> Rotation:
-        """Return the rotation of tokens at `positions` (T,); angles are computed in float32."""
-        angles = positions[:, None].float() * self._frequencies  # (T, rotary_dim / 2)
-        cos, sin = angles.cos(), angles.sin()
-        if self._factor != 1:
-            cos, sin = cos * self._factor, sin * self._factor
-        if positions.device.type == "cpu":
+    def rotation(self, positions: torch.Tensor, longest: int) -> Rotation:
+        """Return the rotation of tokens at `positions` (T,), all less than `longest`."""
+        table = self._table
+        if longest > len(table):
+            table = self._table = self._rows(max(longest, 2 * len(table)))
+        rows = F.embedding(positions, table)
+        if rows.device.type == "cpu":
             from loraplex.server.models.pointwise import CpuRotation
 
-            return CpuRotation(cos, sin)
-        return TorchRotation(
-            torch.cat((cos, cos), -1).unsqueeze(1).to(self._dtype),
-            torch.cat((-sin, sin), -1).unsqueeze(1).to(self._dtype),
-        )
+            return CpuRotation(rows)
+        cos, sin = rows.unsqueeze(1).chunk(2, -1)
+        return TorchRotation(cos, sin)
+
+    def _rows(self, count: int) -> torch.Tensor:
+        """Return the cosines and sines of the first positions, as the Rotation of this device needs them."""
+        positions = torch.arange(count, device=self._frequencies.device)
+        angles = positions[:, None].float() * self._frequencies  # (count, rotary_dim / 2)
+        cos, sin = angles.cos() * self._factor, angles.sin() * self._factor
+        if angles.device.type == "cpu":
+            return torch.cat((cos, sin), -1)
+        return torch.cat((cos, cos, -sin, sin), -1).to(self._dtype)
 
 
 def rope_frequencies(config: RopeConfig) -> torch.Tensor:
