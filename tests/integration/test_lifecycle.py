@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import grpc
 import pytest
@@ -42,7 +43,7 @@ def test_reflection_is_enough_to_call_the_server(server: RunningServer) -> None:
         pool = DescriptorPool(database)
         service = pool.FindServiceByName("loraplex.v1.GenerationService")
         method = service.methods_by_name["Generate"]
-        request = GetMessageClass(method.input_type)(text="The quick brown")
+        request: Any = GetMessageClass(method.input_type)(text="The quick brown")
         request.sampling.max_tokens = 3
         request.sampling.ignore_eos = True
         call = channel.unary_unary(
@@ -106,7 +107,7 @@ def test_oversize_message_is_refused_and_not_tried_again(server: RunningServer) 
         stub = generation_pb2_grpc.GenerationServiceStub(channel)
         with pytest.raises(grpc.RpcError) as raised:
             stub.Generate(generation_pb2.GenerateRequest(text=text), timeout=30)
-    assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED  # type: ignore[attr-defined]
+    assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     # A retry would come after a wait that this call has no time for.
     with server.client(RetryPolicy(initial_backoff_s=1000)) as client, pytest.raises(ResourceExhaustedError) as typed:
         client.generate(text)

@@ -32,6 +32,8 @@ from loraplex.server.errors import (
 from loraplex.v1 import export_pb2 as pb
 from loraplex.v1 import export_pb2_grpc
 
+MAX_NAME_BYTES = 200
+"""What file systems take, less what the unfinished folder's name adds."""
 _BASES = {
     pb.MERGE_BASE_UNSPECIFIED: "full_precision",
     pb.MERGE_BASE_FULL_PRECISION: "full_precision",
@@ -101,6 +103,8 @@ class ExportServicer(export_pb2_grpc.ExportServiceServicer):
             exists = os.path.lexists(output)
         except (OSError, ValueError, RuntimeError) as error:  # a zero byte, an over-long name, a loop of links
             raise InvalidRequestError.of("output", f"is no path: {error!s:.200}") from error
+        if any(len(os.fsencode(part)) > MAX_NAME_BYTES for part in output.parts):
+            raise InvalidRequestError.of("output", f"has a name of more than {MAX_NAME_BYTES} bytes")
         if output == root or not output.is_relative_to(root):
             raise InvalidRequestError.of("output", f"{relative!r} does not lie below the export root")
         if exists:
