@@ -320,6 +320,13 @@ def test_models_that_are_nowhere(model: str, said: str) -> None:
         load_model(model)
 
 
+def test_gguf_files_are_converted_first(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"no GGUF at all")
+    with pytest.raises(ModelLoadError, match="is not a GGUF file"):
+        load_model(str(path))
+
+
 def test_a_file_is_no_model(folder: Path) -> None:
     assert "is a file" in refusal(folder / "model.safetensors")
 
