@@ -13,7 +13,7 @@ from loraplex.server.errors import ModelLoadError
 from loraplex.server.models.four_bit import FourBitMatrix
 from loraplex.server.models.four_bit_fused import FusedFourBitLinear, agrees_with_dequantized, fits, repack, unpack
 from loraplex.server.models.int8 import DynamicInt8Linear, Int8Matrix, dynamic_agrees_with_dequantized
-from loraplex.server.models.linear import DenseLinear, PrepackedLinear, StackedLinear, dense_linear
+from loraplex.server.models.linear import DenseLinear, StackedLinear
 from loraplex.server.models.quantization import choose_weight_execution, from_prequantized, make_linear
 from loraplex.server.models.quantize_kernel import quantize_blocks
 from loraplex.server.models.weight_execution import available_memory
@@ -63,15 +63,40 @@ def test_float32_is_torchs_product(shape: tuple[int, int], rows: int) -> None:
     assert linear.nbytes == weight.nbytes
 
 
-@pytest.mark.parametrize("shape", [(960, 576), (33, 97), (1, 64)])
-def test_float32_rows_are_the_same_to_the_bit_in_any_batch(shape: tuple[int, int]) -> None:
-    linear = dense_linear(torch.randn(shape))
-    if not isinstance(linear, PrepackedLinear):
-        pytest.skip("this build of torch has no oneDNN")
-    x = torch.randn(130, shape[1])
-    whole = linear(x)
-    for rows in (1, 2, 3, 5, 7, 16, 31, 64, 129):
-        assert torch.equal(linear(x[:rows]), whole[:rows])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("shape", "quantization", "execution"),
+    [
+        ((960, 576), "none", "auto"),
+        ((64, 1536), "none", "auto"),
+        ((33, 97), "none", "auto"),
+        ((1, 64), "none", "auto"),
+        ((960, 576), "nf4", "packed"),
+        ((64, 1536), "nf4", "packed"),
+        ((33, 97), "int8", "dequantized"),
+    ],
+)
+def test_float32_rows_are_the_same_to_the_bit_in_any_batch(
+    shape: tuple[int, int], quantization: str, execution: str, threads: int
+) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        linear = make_linear([torch.randn(shape)], quantization, torch.float32, CPU, execution)
+        x = torch.randn(130, shape[1])
+        whole = linear(x)
+        for rows in (1, 2, 3, 5, 7, 9, 16, 17, 31, 64, 129):
+            assert torch.equal(linear(x[1 : 1 + rows]), whole[1 : 1 + rows])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_float32_sums_with_one_large_product_are_as_accurate_as_torchs() -> None:
+    weight, x = torch.randn(64, 1536), torch.randn(32, 1536)
+    x[:, 7] = 3000
+    exact = F.linear(x.double(), weight.double())
+    error = (make_linear([weight], "none", torch.float32, CPU)(x) - exact).norm()
+    assert error < 1.5 * (F.linear(x, weight) - exact).norm()
 
 
 def test_leading_dimensions_and_dtype_of_activations_are_kept() -> None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 
-from loraplex.server.models.linear import Linear, dense_linear
+from loraplex.server.models.linear import Linear, dense_linear, product
 
 
 class QuantizedMatrix(Protocol):
@@ -74,4 +73,4 @@ class OnTheFlyLinear(QuantizedLinear):
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Return x W^T; see `Linear`."""
-        return F.linear(x.to(self._dtype), self._matrix.dequantize(self._dtype)).to(x.dtype)
+        return product(x.to(self._dtype), self._matrix.dequantize(self._dtype)).to(x.dtype)
