@@ -8,7 +8,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from loraplex.server.models.demo import DemoModelMissingError, demo_model_path
 from loraplex.server.models.loader import load_model
 from tests.parity.paged_rows import PagedRows
 
@@ -21,20 +20,12 @@ PROMPTS = (
 TOLERANCE = 2e-4
 
 
-@pytest.fixture(scope="module")
-def demo_model() -> Path:
-    try:
-        return demo_model_path()
-    except DemoModelMissingError as error:
-        pytest.skip(str(error))
-
-
 @pytest.mark.slow
-def test_logits_equal_transformers(demo_model: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(demo_model)
+def test_logits_equal_transformers(demo_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(demo_path)
     sequences = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
-    reference = AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.float32, attn_implementation="eager")
-    model = load_model(str(demo_model), dtype="float32")
+    reference = AutoModelForCausalLM.from_pretrained(demo_path, dtype=torch.float32, attn_implementation="eager")
+    model = load_model(str(demo_path), dtype="float32")
     rows = PagedRows(model.decoder, sequences, model.dtype)
     rows.advance_mixed()
     for tokens, ours in zip(sequences, rows.logits, strict=True):
