@@ -128,8 +128,8 @@ def check_neighbours(linear: Linear, dtype: torch.dtype) -> None:
     x[5, 17] = 1000
     stormy = linear(x)
     assert not torch.equal(calm[5], stormy[5])
-    rest = [row for row in range(16) if row != 5]
-    assert torch.equal(calm[rest], stormy[rest])
+    assert torch.equal(calm[:5], stormy[:5])
+    assert torch.equal(calm[6:], stormy[6:])
 
 
 def test_quantized_activations_stay_within_their_bound() -> None:

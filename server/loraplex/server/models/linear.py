@@ -53,7 +53,7 @@ def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Return x W^T for x (..., in) and `weight` (out, in) of one dtype and device.
 
     A row's result in float32 on a CPU is the same to the bit whatever the number of rows, for all but odd sizes (tried:
-    outputs in multiples of 16, 1 to 16 threads): few rows are filled up with zeros.
+    AVX2, outputs in multiples of 16, 1 to 16 threads): few rows are filled up with zeros.
     """
     rows = x.numel() // x.shape[-1]
     if rows >= _ENOUGH_ROWS or rows == 0 or x.dtype is not torch.float32 or not x.is_cpu:
@@ -89,7 +89,7 @@ class PrepackedLinear(Linear):
     """Float32 weights on a CPU, in oneDNN's blocked layout only; computes in float32.
 
     Faster than `F.linear` for 2 to 64 rows, and it sums every row's products in one order: a row's result is the same
-    to the bit whatever the number of rows (tried: 1 to 513). For sums of up to `_LONGEST_SUM` products.
+    to the bit whatever the number of rows (tried: 1 to 513 with AVX2). For sums of up to `_LONGEST_SUM` products.
     """
 
     def __init__(self, weight: torch.Tensor) -> None:
