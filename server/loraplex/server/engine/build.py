@@ -8,13 +8,15 @@ from dataclasses import dataclass
 
 import torch
 
-from loraplex.adapters.binding import BoundAdapter
+from loraplex.adapters.binding import BoundAdapter, ModuleWeights
 from loraplex.server.config import EngineConfig
 from loraplex.server.engine.block_manager import BlockManager
 from loraplex.server.engine.engine import Engine, EngineParts, Publish
 from loraplex.server.engine.kv_cache import KVCache, KVCacheShape
 from loraplex.server.engine.model_runner import ModelRunner
-from loraplex.server.engine.scheduler import Scheduler
+from loraplex.server.engine.request import GenerationRequest, SamplingParams
+from loraplex.server.engine.scheduler import ScheduledSequence, Scheduler
+from loraplex.server.engine.sequence import Sequence
 from loraplex.server.engine.stats import EngineObserver
 from loraplex.server.errors import ModelLoadError
 from loraplex.server.lora.ops.interface import make_lora_ops
@@ -100,8 +102,10 @@ def build_engine(
     slots = SlotPool(load, config.adapter_device_memory, on_load=lambda: engine.wake())
     kv_cache = KVCache(kv_cache_shape(model, config), limits.num_blocks, device)
     lora_ops = make_lora_ops(device)
+    runner = ModelRunner(model.decoder, kv_cache, lora_ops, device)
+    _warm_up(runner, model, dtype, device)
     parts = EngineParts(
-        runner=ModelRunner(model.decoder, kv_cache, lora_ops, device),
+        runner=runner,
         scheduler=Scheduler(config, blocks, slots),
         blocks=blocks,
         slots=slots,
@@ -120,3 +124,24 @@ def build_engine(
         str(dtype).removeprefix("torch."),
     )
     return engine
+
+
+def _warm_up(runner: ModelRunner, model: LoadedModel, dtype: torch.dtype, device: torch.device) -> None:
+    """Run a decode and a prompt with an adapter on every layer, so that what compiles at first use does so now.
+
+    What it leaves in the first KV block is overwritten before it is read.
+    """
+    modules = {
+        module: ModuleWeights(torch.zeros(1, site.in_features), torch.zeros(end - start, 1), scaling=1.0)
+        for site in model.decoder.sites
+        for module, (start, end) in site.targets.items()
+    }
+    adapter = pack_adapter(BoundAdapter("warm-up", modules), model.decoder.sites, dtype, device)
+    rows = []
+    for computed in (2, 0):
+        request = GenerationRequest("warm-up", (0, 0, 0), SamplingParams(seed=0), adapter_digest=adapter.digest)
+        seq = Sequence(request, choice=0, arrival_s=0.0)
+        seq.block_table = [0, 0, 0]
+        seq.num_computed_tokens = computed
+        rows.append(ScheduledSequence(seq, seq.num_uncomputed_tokens))
+    runner.run(rows, lambda digest: 0, {0: adapter})
