@@ -283,6 +283,7 @@ def load_model_and_threads(config: ServerConfig) -> LoadedModel:
         dtype=options.dtype,
         device=options.device,
         weight_execution=options.weight_execution,
+        max_model_len=config.engine.max_model_len,
     )
 
 
