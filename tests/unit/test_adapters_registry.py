@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import errno
-import shutil
 import sqlite3
 import threading
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from loraplex.adapters.binding import BaseModel, BaseModule, BindError
+from loraplex.adapters.binding import BindError
 from loraplex.adapters.errors import (
     AdapterFormatError,
     AlreadyExistsError,
-    CorruptStoreError,
     InvalidRequestError,
     NotFoundError,
     PreconditionError,
@@ -26,49 +22,7 @@ from loraplex.adapters.errors import (
 from loraplex.adapters.formats import read_adapter
 from loraplex.adapters.registry import AdapterRegistry
 from tests.adapter_factory import tensors, tiny_base, write_adapter
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    """An allowed root with adapters `one` and `two`."""
-    write_adapter(tmp_path / "source" / "one", seed=1)
-    write_adapter(tmp_path / "source" / "two", seed=2, template="two's template")
-    return tmp_path / "source"
-
-
-class Opener:
-    """Opens the registry of a test, again and again; what it leaves behind must be whole each time."""
-
-    def __init__(self, tmp_path: Path) -> None:
-        self._tmp_path = tmp_path
-        self._open: AdapterRegistry | None = None
-
-    def __call__(self, base: BaseModel | None = None) -> AdapterRegistry:
-        self.close()
-        self._open = AdapterRegistry(self._tmp_path / "root", base or tiny_base(), [self._tmp_path / "source"])
-        return self._open
-
-    def close(self) -> None:
-        if self._open is not None:
-            self._open.check_integrity()
-            self._open.close()
-            self._open = None
-
-
-@pytest.fixture
-def opener(tmp_path: Path, source: Path) -> Iterator[Opener]:
-    made = Opener(tmp_path)
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def registry(opener: Opener) -> AdapterRegistry:
-    return opener()
-
-
-def blobs(tmp_path: Path) -> set[str]:
-    return {"sha256:" + path.name for path in (tmp_path / "root" / "store" / "sha256").iterdir()}
+from tests.unit.conftest import blobs
 
 
 def test_a_registered_adapter_is_described_and_loaded(registry: AdapterRegistry, source: Path) -> None:
@@ -288,92 +242,6 @@ def test_a_catalog_that_cannot_be_written_changes_nothing(
     blocker.close()
     assert registry.resolve("a") == before
     assert blobs(tmp_path) == {before.digest}
-
-
-def test_everything_survives_a_restart(opener: Opener, source: Path, tmp_path: Path) -> None:
-    registry = opener()
-    one = registry.register("a", source / "one", "first").record
-    two = registry.register("a", source / "two").record
-    registry.register("b", source / "one")
-    registry.set_alias("live", "a")
-    registry.acquire("b")
-    registry.unregister("b")
-    opener.close()
-    (tmp_path / "root" / "incoming" / "left").mkdir()
-    (tmp_path / "root" / "store" / "sha256" / ("f" * 64)).mkdir()
-    again = opener()
-    assert again.warnings == ()
-    assert again.resolve("live") == replace(two, aliases=("live",))
-    assert again.resolve(f"a@{one.digest}").created_at == one.created_at
-    assert blobs(tmp_path) == {one.digest, two.digest}
-    assert list(again.incoming.iterdir()) == []
-
-
-def test_another_base_makes_warnings_not_crashes(
-    opener: Opener, registry: AdapterRegistry, source: Path, tmp_path: Path
-) -> None:
-    record = registry.register("a", source / "one").record
-    narrow = {name: BaseModule(name, 2, 2) for name in tiny_base().modules}
-    other = opener(BaseModel("narrow", "LlamaForCausalLM", "narrow", narrow))
-    assert len(other.warnings) == 1
-    assert other.warnings[0].startswith(f"a@{record.digest}: the adapter does not fit the base model narrow")
-    assert "does not fit" in other.get("a").problem
-    assert other.list().records[0].problem
-    for call in (other.resolve, other.acquire):
-        with pytest.raises(PreconditionError, match="a cannot be used: the adapter does not fit"):
-            call("a")
-    same_shapes = opener(tiny_base("retrained"))
-    assert same_shapes.warnings == ()
-    assert same_shapes.acquire("a").digest == record.digest
-
-
-def test_a_damaged_store_is_noticed_and_repaired(registry: AdapterRegistry, source: Path, tmp_path: Path) -> None:
-    digest = registry.register("a", source / "one").record.digest
-    stored = tmp_path / "root" / "store" / "sha256" / digest.removeprefix("sha256:") / "adapter_model.safetensors"
-    data = bytearray(stored.read_bytes())
-    data[-1] ^= 1
-    stored.write_bytes(data)
-    with pytest.raises(CorruptStoreError, match="have changed"):
-        registry.load(digest)
-    stored.write_bytes(data[:-1])
-    with pytest.raises(CorruptStoreError, match="cannot be read"):
-        registry.load(digest)
-    assert registry.register("a", source / "one").record.digest == digest
-    assert registry.load(digest).digest == digest
-
-
-def test_missing_weights_are_a_warning_and_can_be_registered_again(source: Path, tmp_path: Path) -> None:
-    registry = AdapterRegistry(tmp_path / "root", tiny_base(), [source])
-    digest = registry.register("a", source / "one").record.digest
-    registry.close()
-    shutil.rmtree(tmp_path / "root" / "store" / "sha256" / digest.removeprefix("sha256:"))
-    again = AdapterRegistry(tmp_path / "root", tiny_base(), [source])
-    with pytest.raises(PreconditionError, match="missing from the store"):
-        again.resolve("a")
-    again.check_integrity()
-    assert again.register("a", source / "one").record.problem == ""
-    assert again.acquire("a").digest == digest
-    again.check_integrity()
-    again.close()
-
-
-def test_one_process_has_the_root(registry: AdapterRegistry, tmp_path: Path) -> None:
-    with pytest.raises(PreconditionError, match="in use by another server"):
-        AdapterRegistry(tmp_path / "root", tiny_base())
-
-
-def test_a_catalog_of_something_else_is_refused(tmp_path: Path) -> None:
-    root = tmp_path / "root"
-    AdapterRegistry(root, tiny_base()).close()
-    with sqlite3.connect(root / "catalog.sqlite") as connection:
-        connection.execute("UPDATE schema SET version = 99")
-    with pytest.raises(CorruptStoreError, match="format 99"):
-        AdapterRegistry(root, tiny_base())
-    for path in root.glob("catalog.sqlite*"):
-        path.unlink()
-    (root / "catalog.sqlite").write_text("not a database " * 100)
-    with pytest.raises(CorruptStoreError, match="cannot be read"):
-        AdapterRegistry(root, tiny_base())
 
 
 def test_threads_do_not_disturb_each_other(registry: AdapterRegistry, source: Path) -> None:
