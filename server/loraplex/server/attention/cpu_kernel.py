@@ -1,10 +1,10 @@
 """The compiled part of CPU attention: reads the paged cache where it lies, through the block table.
 
-Three phases, each after the end of the one before: write the new keys and values into the cache; for each query, KV head
-and part of the context, the softmax-weighted sum of the values (the query heads that share a KV head together, so that
-a key comes from memory once); put the parts of long contexts together. Parts begin at multiples of PART tokens of the
-context, so a query's result depends on its own context alone, not on the batch or the number of threads. Dividing long
-contexts is the idea of Flash-Decoding (Dao et al., 2023).
+Three phases, each after the end of the one before: write the new keys and values into the cache; for each query, KV
+head and part of the context, the softmax-weighted sum of the values (the query heads that share a KV head together, so
+that a key comes from memory once); put the parts of long contexts together. Parts begin at multiples of PART tokens of
+the context, so a query's result depends on its own context alone, not on the batch or the number of threads. Dividing
+long contexts is the idea of Flash-Decoding (Dao et al., 2023).
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import functools
 
 import numpy as np
 import torch
-from numba import njit
 
 from loraplex.server.native.intrinsics import (
     atomic_add,
@@ -26,17 +25,35 @@ from loraplex.server.native.intrinsics import (
     prefetch,
 )
 from loraplex.server.native.team import Kernel
-from loraplex.server.native.vector import FAST_SUMS, Float32, Pointer, axpy, compiled, copy_scaled, dot, dot4, exp, fill, weighted_rows
+from loraplex.server.native.vector import (
+    Float32,
+    Pointer,
+    axpy,
+    compiled,
+    compiled_without_nan,
+    copy_scaled,
+    dot,
+    dot4,
+    exp,
+    fill,
+    tanh,
+    weighted_rows,
+)
 
-# The argument block, eight bytes each: int64, but for two floats. Every call writes the first CALL_FIELDS and zeroes the
+# The argument block, eight bytes each: int64, but for two floats. Every call writes the first ones and zeroes the
 # counters, which lie on cache lines of their own because all threads write them; the rest is written once a step.
 Q, Q_STRIDE, K, K_STRIDE, V, V_STRIDE, OUT, K_CACHE, V_CACHE, HEADS, KV_HEADS, HEAD_DIM, BLOCK, WINDOW = range(14)
 SCALE, SOFTCAP = 14, 15
+CALL_INTEGERS, CALL_FLOATS = 14, 2
 NEXT_TICKET, NEXT_UNIT, DONE, LINE_WORDS, STEP_FIELDS = 16, 24, 48, 8, 72
-NUM_TOKENS, SLOTS, NUM_QUERIES, QUERIES, NUM_ITEMS, ITEMS, TABLES, TABLE_STRIDE = range(72, 80)
-PARTIALS, SCRATCH, SCRATCH_FLOATS, DIVIDED, ITEM_SIZE = range(80, 85)
-NUM_ARGUMENTS = 85
+COUNTER_BYTES = 8 * (STEP_FIELDS - CALL_INTEGERS - CALL_FLOATS)
+NUM_TOKENS, SLOTS, NUM_QUERIES, QUERIES, NUM_ITEMS, ITEMS, TABLES, TABLE_STRIDE, PARTIALS = range(72, 81)
+DIVIDED, ITEM_SIZE, SCRATCH, SCRATCH_SIZE, SUMS, SCORES, BUFFER = range(81, 88)  # the last four in bytes
+NUM_ARGUMENTS = 88
 
+# A thread's scratch holds, in float32: the group's queries (group, d), at SUMS their results (group, d), at SCORES
+# (group, PART), and at BUFFER a block's keys or values (block, d). An item's partials are (heads, d + 2): sums, largest
+# score, total of the exponentials.
 # One query: its token, its context (the tokens up to and with itself), its row in the block tables, the number of parts
 # of its context and the index of its first item. An item is one part: its query and its number among that one's parts.
 TOKEN, CONTEXT, ROW, PARTS, FIRST_ITEM = range(5)
@@ -46,8 +63,6 @@ PART = 256  # tokens
 EMPTY = np.float32(-1e30)  # the maximum of no scores
 BYTES = 8
 CACHE_LINE = 64
-
-_largest = njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, fastmath=FAST_SUMS | {"nnan"})
 
 
 @compiled
@@ -60,30 +75,29 @@ def _write(new: Pointer, at: int, cache: Pointer, slot: int, p: Pointer) -> None
 
 
 @compiled
-def _scores(q: Pointer, group: int, keys: Pointer, row: int, d: int, n: int, scores: Pointer, at: int) -> None:
-    """Set scores[g, at:at + n] = q[g] . key for the n keys that lie one after the other from `row`."""
-    for g in range(group):
-        to, j = g * PART + at, 0
-        while j + 4 <= n:
-            s0, s1, s2, s3 = dot4(q, g * d, keys, row + j * d, d, d)
-            scores[to + j] = s0
-            scores[to + j + 1] = s1
-            scores[to + j + 2] = s2
-            scores[to + j + 3] = s3
-            j += 4
-        while j < n:
-            scores[to + j] = dot(q, g * d, keys, row + j * d, d)
-            j += 1
+def _scores(q: Pointer, at: int, keys: Pointer, d: int, n: int, scores: Pointer, to: int) -> None:
+    """Set scores[to:to + n] = q[at:] . key for n keys that lie one after the other."""
+    j = 0
+    while j + 4 <= n:
+        s0, s1, s2, s3 = dot4(q, at, keys, j * d, d, d)
+        scores[to + j] = s0
+        scores[to + j + 1] = s1
+        scores[to + j + 2] = s2
+        scores[to + j + 3] = s3
+        j += 4
+    while j < n:
+        scores[to + j] = dot(q, at, keys, j * d, d)
+        j += 1
 
 
 @compiled
 def _cap(scores: Pointer, at: int, n: int, cap: Float32) -> None:
     """Replace s by cap * tanh(s / cap)."""
     for i in range(n):
-        scores[at + i] = cap * (np.float32(1) - np.float32(2) / (exp(np.float32(2) * scores[at + i] / cap) + np.float32(1)))
+        scores[at + i] = cap * tanh(scores[at + i] / cap)
 
 
-@_largest
+@compiled_without_nan
 def _maximum(scores: Pointer, at: int, n: int) -> Float32:
     m = EMPTY
     for i in range(n):
@@ -107,15 +121,20 @@ def _rows(p: Pointer, query: Pointer, h: int, position: int, cache: int) -> int:
     """Return the address in `cache` of the rows of KV head h from the token at `position` to the end of its block."""
     block = p[BLOCK]
     number = np.int64(i32_at(p[TABLES] + 4 * query[ROW] * p[TABLE_STRIDE])[position // block])
-    return cache + ((number * p[KV_HEADS] + h) * block + position % block) * p[HEAD_DIM] * p[ITEM_SIZE]
+    address: int = cache + ((number * p[KV_HEADS] + h) * block + position % block) * p[HEAD_DIM] * p[ITEM_SIZE]
+    return address
 
 
 @compiled
-def _prefetch_rows(p: Pointer, query: Pointer, h: int, position: int, end: int, cache: int) -> None:
-    """Ask for the rows of the block that `position` lies in: each block begins a new stream for the machine."""
+def _prefetch(p: Pointer, query: Pointer, h: int, position: int, end: int, cache: int, share: int, shares: int) -> None:
+    """Ask for a share of the rows of the block that begins at `position`.
+
+    Every block is a new place in memory, which the machine's own prefetchers cannot foresee. Asking for it in shares,
+    between the work on the block before, keeps the queue of memory requests short (measured: 20 % faster than at once).
+    """
     if position < end:
         address, size = _rows(p, query, h, position, cache), p[BLOCK] * p[HEAD_DIM] * p[ITEM_SIZE]
-        for line in range(0, size, CACHE_LINE):
+        for line in range(size * share // shares, size * (share + 1) // shares, CACHE_LINE):
             prefetch(address + line)
 
 
@@ -129,29 +148,53 @@ def _as_f32(p: Pointer, address: int, n: int, buffer: int, cached: Float32) -> P
 
 
 @compiled
+def _score_blocks(p: Pointer, query: Pointer, h: int, first: int, end: int, scratch: int, cached: Float32) -> None:
+    """Set the group's scores for the tokens first:end, block by block."""
+    d, group, block = p[HEAD_DIM], p[HEADS] // p[KV_HEADS], p[BLOCK]
+    q, scores, buffer = f32_at(scratch), f32_at(scratch + p[SCORES]), scratch + p[BUFFER]
+    position = first
+    while position < end:
+        n = min(block - position % block, end - position)
+        keys = _as_f32(p, _rows(p, query, h, position, p[K_CACHE]), n, buffer, cached)
+        for g in range(group):
+            _prefetch(p, query, h, position + n, end, p[K_CACHE], g, group)
+            _scores(q, g * d, keys, d, n, scores, g * PART + position - first)
+        position += n
+
+
+@compiled
+def _add_blocks(p: Pointer, query: Pointer, h: int, first: int, end: int, scratch: int, cached: Float32) -> None:
+    """Set the group's sums to the values of the tokens first:end, weighted with what the scores have become."""
+    d, group, block = p[HEAD_DIM], p[HEADS] // p[KV_HEADS], p[BLOCK]
+    sums, scores, buffer = f32_at(scratch + p[SUMS]), f32_at(scratch + p[SCORES]), scratch + p[BUFFER]
+    fill(sums, 0, np.float32(0), group * d)
+    position = first
+    while position < end:
+        n = min(block - position % block, end - position)
+        values = _as_f32(p, _rows(p, query, h, position, p[V_CACHE]), n, buffer, cached)
+        for g in range(group):
+            _prefetch(p, query, h, position + n, end, p[V_CACHE], g, group)
+            weighted_rows(values, 0, d, scores, g * PART + position - first, n, sums, g * d, d)
+        position += n
+
+
+@compiled
 def _attend(arguments: int, unit: int, scratch: int, activation: Float32, cached: Float32) -> None:
     """Do one KV head of one item: scores, their exponentials, and the values weighted with these."""
     p = i64_at(arguments)
-    index, h, d, group, block = unit // p[KV_HEADS], unit % p[KV_HEADS], p[HEAD_DIM], p[HEADS] // p[KV_HEADS], p[BLOCK]
+    index, h, d, group = unit // p[KV_HEADS], unit % p[KV_HEADS], p[HEAD_DIM], p[HEADS] // p[KV_HEADS]
     item = i64_at(p[ITEMS] + index * ITEM_FIELDS * BYTES)
     query = i64_at(p[QUERIES] + item[0] * QUERY_FIELDS * BYTES)
     first, end = item[1] * PART, min(query[CONTEXT], (item[1] + 1) * PART)
     if p[WINDOW] > 0:
         first = min(end, max(first, query[CONTEXT] - p[WINDOW]))
-    q, sums, scores = f32_at(scratch), f32_at(scratch + 4 * group * d), f32_at(scratch + 8 * group * d)
-    buffer = scratch + 8 * group * d + 4 * group * PART
+    sums, scores = f32_at(scratch + p[SUMS]), f32_at(scratch + p[SCORES])
     scale, cap = np.float32(f64_at(arguments)[SCALE]), np.float32(f64_at(arguments)[SOFTCAP])
-    _prefetch_rows(p, query, h, first, end, p[K_CACHE])
-    copy_scaled(pointer_like(p[Q], activation), query[TOKEN] * p[Q_STRIDE] + h * group * d, scale, q, 0, group * d)
-    position = first
-    while position < end:
-        n = min(block - position % block, end - position)
-        _prefetch_rows(p, query, h, position + n, end, p[K_CACHE])
-        keys = _as_f32(p, _rows(p, query, h, position, p[K_CACHE]), n, buffer, cached)
-        _scores(q, group, keys, 0, d, n, scores, position - first)
-        position += n
-    # (first head of the item's, per head: d sums, maximum, total)
-    _prefetch_rows(p, query, h, first, end, p[V_CACHE])
+    _prefetch(p, query, h, first, end, p[K_CACHE], 0, 1)
+    head = query[TOKEN] * p[Q_STRIDE] + h * group * d
+    copy_scaled(pointer_like(p[Q], activation), head, scale, f32_at(scratch), 0, group * d)
+    _score_blocks(p, query, h, first, end, scratch, cached)
+    _prefetch(p, query, h, first, end, p[V_CACHE], 0, 1)
     partials = f32_at(p[PARTIALS] + 4 * (index * p[HEADS] + h * group) * (d + 2))
     for g in range(group):
         if cap > 0:
@@ -159,15 +202,7 @@ def _attend(arguments: int, unit: int, scratch: int, activation: Float32, cached
         m = _maximum(scores, g * PART, end - first)
         partials[g * (d + 2) + d] = m
         partials[g * (d + 2) + d + 1] = _exponentials(scores, g * PART, end - first, m)
-    fill(sums, 0, np.float32(0), group * d)
-    position = first
-    while position < end:
-        n = min(block - position % block, end - position)
-        _prefetch_rows(p, query, h, position + n, end, p[V_CACHE])
-        values = _as_f32(p, _rows(p, query, h, position, p[V_CACHE]), n, buffer, cached)
-        for g in range(group):
-            weighted_rows(values, 0, d, scores, g * PART + position - first, n, sums, g * d, d)
-        position += n
+    _add_blocks(p, query, h, first, end, scratch, cached)
     for g in range(group):
         if query[PARTS] == 1:
             total, to = partials[g * (d + 2) + d + 1], (query[TOKEN] * p[HEADS] + h * group + g) * d
@@ -215,7 +250,7 @@ def _unit(arguments: int, phase: int, unit: int, scratch: int, activation: Float
 def _run(arguments: int, activation: Float32, cached: Float32) -> None:
     """Take units until none is left, phase by phase; `activation` and `cached` only carry types."""
     p = i64_at(arguments)
-    scratch = p[SCRATCH] + 4 * p[SCRATCH_FLOATS] * atomic_add(arguments + NEXT_TICKET * BYTES, 1)
+    scratch = p[SCRATCH] + p[SCRATCH_SIZE] * atomic_add(arguments + NEXT_TICKET * BYTES, 1)
     units = (p[NUM_TOKENS], p[NUM_ITEMS] * p[KV_HEADS], p[DIVIDED] * p[NUM_QUERIES] * p[HEADS])
     for phase in range(3):
         while phase > 0 and atomic_load(arguments + (DONE + (phase - 1) * LINE_WORDS) * BYTES) < units[phase - 1]:
@@ -236,10 +271,6 @@ def _attend_f32_bf16(arguments: int) -> None:
     _run(arguments, np.float32(0), np.uint16(0))
 
 
-def _attend_bf16_f32(arguments: int) -> None:
-    _run(arguments, np.uint16(0), np.float32(0))
-
-
 def _attend_bf16_bf16(arguments: int) -> None:
     _run(arguments, np.uint16(0), np.uint16(0))
 
@@ -247,18 +278,17 @@ def _attend_bf16_bf16(arguments: int) -> None:
 _VARIANTS = {
     (torch.float32, torch.float32): _attend_f32_f32,
     (torch.float32, torch.bfloat16): _attend_f32_bf16,
-    (torch.bfloat16, torch.float32): _attend_bf16_f32,
     (torch.bfloat16, torch.bfloat16): _attend_bf16_bf16,
 }
 
 
 @functools.cache
 def attention_kernel(activation: torch.dtype, cached: torch.dtype) -> Kernel:
-    """Return the kernel for these dtypes, compiled when a process first asks and finds nothing in Numba's cache.
+    """Return the kernel for these dtypes, compiled when a process first asks and finds none on disk.
 
     Raises:
-        ValueError: if a dtype is neither float32 nor bfloat16.
+        ValueError: unless both are float32, or both bfloat16, or the cache alone is bfloat16.
     """
     if (activation, cached) not in _VARIANTS:
-        raise ValueError(f"attention takes float32 and bfloat16, not {activation} with a cache of {cached}")
+        raise ValueError(f"no CPU attention for activations of {activation} with a cache of {cached}")
     return Kernel(_VARIANTS[activation, cached])

@@ -31,8 +31,8 @@ class Attention(Protocol):
         first k[t] and v[t] are written to the cache at batch.slot_mapping[t], for all tokens t;
         then token i of row b, at position p = context_lens[b] - query_lens[b] + i, gets the softmax-weighted sum of
         the values at the positions 0..p of the row's block table (max(0, p - window + 1)..p with a window).
-    Computed in float32 whatever the dtypes. Query head h reads KV head h // (Hq / Hkv). What is written in this pass can
-    be read in this pass by any row. A token's result does not depend on the other rows.
+    Computed in float32 whatever the dtypes. Query head h reads KV head h // (Hq / Hkv). What is written in this pass
+    can be read in this pass by any row. A token's result does not depend on the other rows.
     """
 
     def __call__(
@@ -74,11 +74,19 @@ def check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: Layer
     """
     tokens, heads, head_dim = q.shape
     kv_heads = cache.k.shape[1]
-    if k.shape != (tokens, kv_heads, head_dim) or v.shape != k.shape or cache.k.shape[3] != head_dim or heads % kv_heads:
+    if (
+        k.shape != (tokens, kv_heads, head_dim)
+        or v.shape != k.shape
+        or cache.k.shape[3] != head_dim
+        or heads % kv_heads
+    ):
         raise ValueError(
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit a cache of {tuple(cache.k.shape)}"
         )
-    if cache.v.shape != cache.k.shape or not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"keys and values differ, or q, k, v are {q.dtype}, {k.dtype}, {v.dtype}")
+    if cache.v.shape != cache.k.shape or cache.v.dtype != cache.k.dtype or not q.dtype == k.dtype == v.dtype:
+        raise ValueError(
+            f"keys and values differ in the cache ({tuple(cache.k.shape)} {cache.k.dtype} and {tuple(cache.v.shape)} "
+            f"{cache.v.dtype}), or q, k, v in dtype: {q.dtype}, {k.dtype}, {v.dtype}"
+        )
     if batch.slot_mapping.shape[0] != tokens:
         raise ValueError(f"{tokens} tokens but {batch.slot_mapping.shape[0]} slots")

@@ -41,13 +41,17 @@ def write_cache(k: torch.Tensor, v: torch.Tensor, cache: LayerKVCache, slots: to
     cache.v[blocks, :, offsets] = v.to(cache.v.dtype)
 
 
-def gather_context(cache: LayerKVCache, table: torch.Tensor, context: int, first: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def gather_context(
+    cache: LayerKVCache, table: torch.Tensor, context: int, first: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return keys and values of the positions first:context of one row as float32, each (Hkv, context - first, D)."""
     _, kv_heads, block_size, head_dim = cache.k.shape
     first_block = first // block_size
     blocks = table[first_block : -(-context // block_size)].long()
     keys, values = (
-        part[blocks].transpose(0, 1).reshape(kv_heads, -1, head_dim)[:, first - first_block * block_size : context - first_block * block_size]
+        part[blocks]
+        .transpose(0, 1)
+        .reshape(kv_heads, -1, head_dim)[:, first - first_block * block_size : context - first_block * block_size]
         for part in (cache.k, cache.v)
     )
     return keys.float(), values.float()

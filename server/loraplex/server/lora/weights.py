@@ -1,7 +1,7 @@
 """An adapter's weights as the serving model's packed layers need them.
 
-The model packs several Hugging Face modules into one matrix product (q, k, v; gate, up); a site is such a product and an
-adapter's modules are slices of its output. Knows nothing about slots or segments.
+The model packs several Hugging Face modules into one matrix product (q, k, v; gate, up); a site is such a product, and
+an adapter's modules are slices of its output. Knows nothing about slots or segments.
 """
 
 from __future__ import annotations
@@ -79,6 +79,11 @@ class PackedAdapter:
                 extents[index] = (s.a.shape[1], max(extents[index, 1], s.end))
         object.__setattr__(self, "table", table)
         object.__setattr__(self, "extents", extents)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of all matrices; float32 for an adapter without any."""
+        return next((s.a.dtype for slices in self.sites for s in slices), torch.float32)
 
 
 def pack_adapter(

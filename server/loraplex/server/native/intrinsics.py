@@ -6,21 +6,31 @@ vectorise as loops over float32 arrays do. Nothing is bounds-checked: callers ch
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
-from numba import types
-from numba.core import cgutils
+from numba import types as numba_types
+from numba.core import cgutils as numba_cgutils
 from numba.extending import intrinsic
+
+# Numba is typed in part only; these parts are not.
+types: Any = numba_types
+cgutils: Any = numba_cgutils
 
 _WORD = ir.IntType(32)
 _HALF = ir.IntType(16)
 
 
+def instruction(function: Callable[..., Any]) -> Any:
+    """Make a Numba intrinsic of a function from argument types to a signature and a generator of LLVM code."""
+    return intrinsic(function)
+
+
 def _pointer_to(element: Any) -> Any:
     """Return an intrinsic that takes an int64 address as a pointer to `element`: `p[i]` then loads and stores."""
 
-    @intrinsic  # type: ignore[untyped-decorator]
+    @instruction
     def pointer(typing_context: Any, address: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
@@ -37,7 +47,7 @@ i64_at = _pointer_to(types.int64)
 u16_at = _pointer_to(types.uint16)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@instruction
 def pointer_like(typing_context: Any, address: Any, like: Any) -> Any:
     """Return the int64 address as a pointer to elements of the type of `like`, whose value does not matter."""
 
@@ -73,7 +83,7 @@ def narrow_bits(builder: Any, value: Any) -> Any:
     return builder.trunc(builder.select(is_nan, _constant(bits, 0x7FC0), rounded), _like(value, _HALF))
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@instruction
 def widen(typing_context: Any, value: Any) -> Any:
     """Return as float32 a value loaded from memory: a float32, or the uint16 bits of a bfloat16. Exact."""
 
@@ -83,7 +93,7 @@ def widen(typing_context: Any, value: Any) -> Any:
     return (types.float32(value), generate) if value in (types.float32, types.uint16) else None
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@instruction
 def narrow(typing_context: Any, value: Any, like: Any) -> Any:
     """Return a float32 in the type of `like`, ready to be stored: as it is, or rounded to the bits of a bfloat16."""
 
@@ -95,7 +105,7 @@ def narrow(typing_context: Any, value: Any, like: Any) -> Any:
     return like(value, like), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@instruction
 def bits_to_f32(typing_context: Any, bits: Any) -> Any:
     """Return the float32 whose bit pattern is the low half of an int64."""
 
@@ -105,7 +115,7 @@ def bits_to_f32(typing_context: Any, bits: Any) -> Any:
     return types.float32(types.int64), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@instruction
 def prefetch(typing_context: Any, address: Any) -> Any:
     """Ask for the cache line at `address`, which need not be valid, without waiting for it."""
 
@@ -120,7 +130,7 @@ def prefetch(typing_context: Any, address: Any) -> Any:
     return types.void(types.int64), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@instruction
 def atomic_add(typing_context: Any, address: Any, value: Any) -> Any:
     """Add to the int64 at `address` and return what was there before; sequentially consistent."""
 
@@ -131,7 +141,7 @@ def atomic_add(typing_context: Any, address: Any, value: Any) -> Any:
     return types.int64(types.int64, types.int64), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@instruction
 def atomic_load(typing_context: Any, address: Any) -> Any:
     """Return the int64 at `address`, with everything written before it was stored visible."""
 

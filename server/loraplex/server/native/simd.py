@@ -1,21 +1,19 @@
 """Sixteen float32 at once, as a value that compiled code can hold in a variable.
 
-LLVM's own vectoriser handles long loops well, but attention's rows of 64 numbers are over before its unrolled loops
-and alias checks have paid for themselves (measured: three times slower than this). LLVM maps the sixteen lanes to whatever the
-machine has: one AVX-512 register, two of AVX2, four of NEON; the order of sums is the same everywhere.
+LLVM's own vectoriser handles long loops well, but attention's rows of 64 numbers are over before its unrolled loops and
+checks for overlap have paid for themselves. LLVM maps the sixteen lanes to whatever the machine has: one register of
+AVX-512, two of AVX2, four of NEON; the order of sums is the same everywhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic, models, register_model
+from numba import types as numba_types
+from numba.extending import models, register_model
 
-from loraplex.server.native.intrinsics import narrow_bits, widen_bits
+from loraplex.server.native.intrinsics import cgutils, instruction, narrow_bits, types, widen_bits
 
 LANES = 16
 
@@ -24,7 +22,7 @@ _LANES_TYPE = ir.VectorType(_FLOAT, LANES)
 _INDEX = ir.IntType(32)
 
 
-class _Lanes(types.Type):  # type: ignore[misc]
+class _Lanes(numba_types.Type):
     """Numba's type of sixteen float32."""
 
     def __init__(self) -> None:
@@ -35,18 +33,19 @@ lanes_type = _Lanes()
 
 
 @register_model(_Lanes)
-class _LanesModel(models.PrimitiveModel):  # type: ignore[misc]
+class _LanesModel(models.PrimitiveModel):
     """Held as one LLVM vector."""
 
     def __init__(self, manager: Any, kind: Any) -> None:
-        super().__init__(manager, kind, _LANES_TYPE)
+        initialize: Any = super().__init__
+        initialize(manager, kind, _LANES_TYPE)
 
 
 def _shuffle(builder: Any, a: Any, b: Any, order: list[int]) -> Any:
     return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_INDEX, len(order)), order))
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@instruction
 def load(typing_context: Any, pointer: Any, index: Any) -> Any:
     """Return pointer[index:index + 16] as float32; the pointer is to float32 or to the bits of bfloat16."""
     half = pointer.dtype == types.uint16
@@ -61,7 +60,7 @@ def load(typing_context: Any, pointer: Any, index: Any) -> Any:
     return lanes_type(pointer, types.int64), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@instruction
 def store(typing_context: Any, pointer: Any, index: Any, value: Any) -> Any:
     """Set pointer[index:index + 16]; rounds where the pointer is to the bits of bfloat16."""
     half = pointer.dtype == types.uint16
@@ -75,7 +74,7 @@ def store(typing_context: Any, pointer: Any, index: Any, value: Any) -> Any:
     return types.void(pointer, types.int64, lanes_type), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@instruction
 def splat(typing_context: Any, value: Any) -> Any:
     """Return the float32 in all lanes."""
 
@@ -86,7 +85,7 @@ def splat(typing_context: Any, value: Any) -> Any:
     return lanes_type(types.float32), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@instruction
 def fma(typing_context: Any, a: Any, b: Any, c: Any) -> Any:
     """Return a * b + c, rounded once where the machine can."""
 
@@ -98,7 +97,7 @@ def fma(typing_context: Any, a: Any, b: Any, c: Any) -> Any:
     return lanes_type(lanes_type, lanes_type, lanes_type), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@instruction
 def total(typing_context: Any, value: Any) -> Any:
     """Return the sum of the lanes, added in pairs."""
 
@@ -114,7 +113,7 @@ def total(typing_context: Any, value: Any) -> Any:
     return types.float32(lanes_type), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@instruction
 def totals4(typing_context: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
     """Return the four sums of lanes, each as `total` adds them; together they cost about half of four calls."""
 

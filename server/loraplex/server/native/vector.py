@@ -1,13 +1,13 @@
 """The inner loops of the CPU kernels: dot products and sums over rows that lie anywhere in memory.
 
-A row is a pointer and an offset in elements. Rows called `w` or `x` may be float32 or bfloat16 (uint16 bits); `sums` and
-all arithmetic are float32. LLVM turns each loop into vector instructions of whatever width the machine has; what that
-needs is leave to reorder sums (FAST_SUMS).
+A row is a pointer and an offset in elements. Rows called `w` or `x` may be float32 or bfloat16 (uint16 bits); `sums`
+and all arithmetic are float32.
 """
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from collections.abc import Callable
+from typing import Any, TypeAlias, TypeVar, cast
 
 import numpy as np
 from numba import njit
@@ -18,12 +18,30 @@ from loraplex.server.native.simd import LANES, fma, load, splat, store, total, t
 Pointer: TypeAlias = Any
 Float32: TypeAlias = Any
 
-# NaN and infinity keep their meaning; only the order of sums is free.
-FAST_SUMS = {"reassoc", "contract", "nsz"}
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
-# For functions that only other compiled code calls: without the wrappers for Python they compile twice as fast.
-compiled = njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, fastmath=FAST_SUMS)
-_in_order = njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, fastmath={"contract"})
+
+def compiled(function: _Function) -> _Function:
+    """Compile with leave to reorder sums; NaN and infinity keep their meaning."""
+    return _compile(function, {"reassoc", "contract", "nsz"})
+
+
+def compiled_without_nan(function: _Function) -> _Function:
+    """Compile on the promise that no argument is NaN; needed for a maximum to vectorise."""
+    return _compile(function, {"reassoc", "contract", "nsz", "nnan"})
+
+
+def compiled_in_order(function: _Function) -> _Function:
+    """Compile without leave to reorder anything."""
+    return _compile(function, {"contract"})
+
+
+def _compile(function: _Function, fastmath: set[str]) -> _Function:
+    """Compile for use by other compiled code only: without the wrappers for Python this takes half the time."""
+    jit: Any = njit
+    options = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True, "forceinline": True}
+    return cast(_Function, jit(fastmath=fastmath, **options)(function))
+
 
 _LOG2_E = np.float32(1.4426950408889634)
 _LN2_HIGH = np.float32(0.693359375)  # few bits, so that its product with a small integer is exact
@@ -113,7 +131,9 @@ def axpy4(w: Pointer, row: int, h: tuple[Float32, ...], sums: Pointer, at: int, 
 
 
 @compiled
-def weighted_rows(w: Pointer, row: int, stride: int, h: Pointer, h_at: int, rows: int, sums: Pointer, at: int, n: int) -> None:
+def weighted_rows(
+    w: Pointer, row: int, stride: int, h: Pointer, h_at: int, rows: int, sums: Pointer, at: int, n: int
+) -> None:
     """Add the sum of h[h_at + j] * w[row + j * stride:] over j < rows to sums[at:], n elements.
 
     The sums stay in registers while j runs, so the rows had better be in the first-level cache.
@@ -133,8 +153,9 @@ def weighted_rows(w: Pointer, row: int, stride: int, h: Pointer, h_at: int, rows
         store(sums, at + i + 2 * LANES, c)
         store(sums, at + i + 3 * LANES, d)
         i += 4 * LANES
-    for j in range(rows):
-        axpy(w, row + j * stride + i, h[h_at + j], sums, at + i, n - i)
+    if i < n:
+        for j in range(rows):
+            axpy(w, row + j * stride + i, h[h_at + j], sums, at + i, n - i)
 
 
 @compiled
@@ -151,7 +172,7 @@ def copy_scaled(source: Pointer, at: int, factor: Float32, to: Pointer, to_at: i
         to[to_at + i] = narrow(widen(source[at + i]) * factor, to[to_at + i])
 
 
-@_in_order
+@compiled_in_order
 def exp(x: Float32) -> Float32:
     """Return e**x in float32 to about two units in the last place; Cephes' polynomial, without branches or calls.
 
@@ -168,3 +189,17 @@ def exp(x: Float32) -> Float32:
     p = p * r + np.float32(5.0000001201e-1)
     p = p * r * r + r + np.float32(1)
     return p * bits_to_f32((np.int32(n) + np.int32(127)) << np.int32(23))
+
+
+@compiled_in_order
+def tanh(x: Float32) -> Float32:
+    """Return the hyperbolic tangent in float32; Cephes' polynomial where 1 - 2 / (e**2x + 1) would cancel."""
+    square = x * x
+    p = np.float32(-5.70498872745e-3)
+    p = p * square + np.float32(2.06390887954e-2)
+    p = p * square - np.float32(5.37397155531e-2)
+    p = p * square + np.float32(1.33314422036e-1)
+    p = p * square - np.float32(3.33332819422e-1)
+    near_zero = p * square * x + x
+    away = np.float32(1) - np.float32(2) / (exp(np.float32(2) * x) + np.float32(1))
+    return near_zero if square < np.float32(0.390625) else away

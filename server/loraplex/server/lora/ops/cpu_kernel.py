@@ -32,6 +32,7 @@ Y, Y_STRIDE, Y_IS_BF16, X, X_STRIDE, IN_FEATURES, SITE = range(7)
 CALL_FIELDS, NEXT_TICKET, SHRUNK, NEXT_UNIT, LINE_WORDS, STEP_FIELDS = 7, 8, 16, 24, 8, 40
 SEGMENTS, SCALES, NUM_SEGMENTS, MAX_SLICES, PARTS, HIDDEN, SUMS = range(40, 47)
 NUM_ARGUMENTS = 47
+COUNTER_BYTES = 8 * (STEP_FIELDS - CALL_FIELDS)
 
 # One segment: its first token, its tokens, address of the adapter's table, slices per site in that table, and where
 # its part of HIDDEN begins and how much of that each slice has, in floats.
@@ -45,6 +46,7 @@ SLICE_FIELDS = 5
 SUMS_PER_THREAD = 4096  # float32; 16 KiB, half of a first-level cache
 LINE = 16  # float32 of a cache line: where the columns of a slice are divided
 BYTES = 8  # of an int64
+
 
 @compiled
 def _shrink(p: Pointer, segment: Pointer, a: Pointer, hidden: int, rank: int, part: int) -> None:
@@ -89,7 +91,9 @@ def _expand_tile(b: Pointer, b_at: int, width: int, h: Pointer, rank: int, token
 
 
 @compiled
-def _expand(p: Pointer, segment: Pointer, s: Pointer, b: Pointer, scale: Float32, hidden: int, sums: Pointer, part: int) -> None:
+def _expand(
+    p: Pointer, segment: Pointer, s: Pointer, b: Pointer, scale: Float32, hidden: int, sums: Pointer, part: int
+) -> None:
     """Add scale * hidden b to y for all tokens of the segment and this part's columns."""
     width, tokens = s[WIDTH], segment[COUNT]
     parts = max(1, p[PARTS])
@@ -109,7 +113,9 @@ def _expand(p: Pointer, segment: Pointer, s: Pointer, b: Pointer, scale: Float32
 
 
 @compiled
-def _slice(p: Pointer, segment: Pointer, position: int, scale: Float32, part: int, sums: Pointer, phase: int, weight: Float32) -> None:
+def _slice(
+    p: Pointer, segment: Pointer, position: int, scale: Float32, part: int, sums: Pointer, phase: int, weight: Float32
+) -> None:
     """Do one part of one slice: phase 0 shrinks, the last phase expands."""
     s = i64_at(segment[TABLE] + (p[SITE] * segment[SLICES] + position) * SLICE_FIELDS * BYTES)
     if s[RANK] == 0:
@@ -171,7 +177,7 @@ _VARIANTS = {torch.float32: _lora_add_f32, torch.bfloat16: _lora_add_bf16}
 
 @functools.cache
 def lora_add_kernel(weights: torch.dtype) -> Kernel:
-    """Return the kernel for weights of this dtype, compiled when a process first asks and finds nothing in Numba's cache.
+    """Return the kernel for weights of this dtype, compiled when a process first asks and finds none on disk.
 
     Raises:
         ValueError: if the dtype is neither float32 nor bfloat16.
