@@ -22,8 +22,8 @@ ALPHA = 16
 class RandomAdapter:
     """`strength` is about how large the adapter's part of a projection's output is, in units of the input.
 
-    Weights are a function of the name. Adapters with the same rank and targets take turns in one PEFT adapter, the
-    slot: PEFT needs seconds to give a model another one.
+    Weights are float32 and a function of the name, whatever the model's dtype. Adapters with the same rank and targets
+    take turns in one PEFT adapter, the slot: PEFT needs seconds to give a model another one.
     """
 
     name: str
@@ -51,9 +51,9 @@ class RandomAdapter:
             if isinstance(layer, LoraLayer) and self.slot in layer.lora_A:
                 a, b = (module.get_parameter(f"{self.slot}.weight") for module in (layer.lora_A, layer.lora_B))
                 # A x is then about as large as x, and so is the sum of B's columns before the strength.
-                torch.nn.init.normal_(a, std=a.shape[1] ** -0.5, generator=generator)
+                a.data.copy_(torch.randn(a.shape, generator=generator) * a.shape[1] ** -0.5)
                 std = self.strength * self.rank**0.5 / ALPHA
-                torch.nn.init.normal_(b, std=std, generator=generator)
+                b.data.copy_(torch.randn(b.shape, generator=generator) * std)
 
 
 def save_random_adapters(model: PreTrainedModel, adapters: Sequence[RandomAdapter], folder: Path) -> PeftModel:
