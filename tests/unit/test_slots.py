@@ -117,6 +117,26 @@ def test_a_forgotten_adapter_goes_with_its_last_row() -> None:
     pool.close()
 
 
+def test_what_is_forgotten_while_it_loads_is_loaded_again() -> None:
+    gate, stored = threading.Event(), [False]
+
+    def load(digest: str) -> PackedAdapter:
+        gate.wait()
+        if not stored[0]:
+            raise NotFoundError("deleted")
+        return packed(digest)
+
+    pool = SlotPool(load, CAPACITY)
+    assert pool.require("a") is Residency.LOADING
+    pool.forget("a")  # its request was aborted and its name unregistered; the file goes
+    gate.set()
+    until(pool, lambda: not pool._loading)
+    stored[0] = True  # the same content is registered again
+    until(pool, lambda: pool.require("a") is not Residency.LOADING)
+    assert pool.resident == {"a"}
+    pool.close()
+
+
 def test_loading_happens_on_another_thread_and_wakes() -> None:
     gate, woken, threads = threading.Event(), threading.Event(), []
 

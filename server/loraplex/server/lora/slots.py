@@ -53,6 +53,7 @@ class SlotPool:
         self._entries: OrderedDict[str, _Entry] = OrderedDict()  # least recently used first
         self._by_slot: dict[int, PackedAdapter] = {}
         self._loading: set[str] = set()
+        self._outdated: set[str] = set()  # forgotten while loading: what that load brings is not used
         self._ready: dict[str, PackedAdapter] = {}  # loaded, waiting for room
         self._failures: dict[str, LoraplexError] = {}
         self._done: queue.SimpleQueue[tuple[str, Future[PackedAdapter]]] = queue.SimpleQueue()
@@ -136,6 +137,8 @@ class SlotPool:
         self._pins.discard(digest)
         self._ready.pop(digest, None)
         self._failures.pop(digest, None)
+        if digest in self._loading:
+            self._outdated.add(digest)
         entry = self._entries.get(digest)
         if entry is None:
             return
@@ -175,6 +178,12 @@ class SlotPool:
         self._on_load()
 
     def _take(self, digest: str, future: Future[PackedAdapter]) -> None:
+        if digest in self._outdated:
+            # Its file may have been deleted under the load; whoever wants it again gets a load of its own.
+            self._outdated.discard(digest)
+            if digest in self._pins:
+                self.require(digest)
+            return
         if future.cancelled():
             return
         error = future.exception()
