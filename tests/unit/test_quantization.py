@@ -92,7 +92,7 @@ def test_float32_rows_are_the_same_in_any_batch(
         linear = make_linear([torch.randn(shape)], quantization, torch.float32, CPU, execution)
         x = torch.randn(130, shape[1])
         whole = linear(x)
-        for rows in (1, 2, 3, 5, 7, 9, 16, 17, 31, 64, 129):
+        for rows in (1, 2, 3, 4, 5, 7, 8, 11, 12, 13, 31, 129):
             check_same_rows(linear(x[1 : 1 + rows]), whole[1 : 1 + rows])
     finally:
         torch.set_num_threads(before)

@@ -21,8 +21,9 @@ _EXPECTED_ROWS = 16
 # the MLP's last projection of most models, each later one is rounded to the large one's precision: SmolLM2's logits,
 # which reach 30, were off by 5e-4 with sums of 1536 (MKL, which adds up parts: 6e-5), and not with sums of 576.
 _LONGEST_SUM = 1024
-# MKL, behind `F.linear` in float32, sums in another order for some numbers of rows below 12, depending on threads.
-_ENOUGH_ROWS = 16
+# MKL, behind `F.linear` in float32, sums in another order for 1 to 3 rows, and with some numbers of threads for all
+# below 12 that are no multiple of four.
+_ROWS_AT_ONCE, _ENOUGH_ROWS = 4, 12
 
 
 class Linear(ABC):
@@ -56,10 +57,10 @@ def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     AVX2, outputs in multiples of 16, 1 to 16 threads): few rows are filled up with zeros.
     """
     rows = x.numel() // x.shape[-1]
-    if rows >= _ENOUGH_ROWS or rows == 0 or x.dtype is not torch.float32 or not x.is_cpu:
+    missing = -rows % _ROWS_AT_ONCE if rows < _ENOUGH_ROWS else 0
+    if missing == 0 or x.dtype is not torch.float32 or not x.is_cpu:
         return F.linear(x, weight)
-    filled = x.new_zeros(_ENOUGH_ROWS, x.shape[-1])
-    filled[:rows] = x.reshape(rows, -1)
+    filled = F.pad(x.reshape(rows, -1), (0, 0, 0, missing))
     return F.linear(filled, weight)[:rows].view(*x.shape[:-1], -1)
 
 
