@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,13 +12,18 @@ import numpy.typing as npt
 import torch
 
 from loraplex.server.lora.ops import cpu_kernel as kernel
-from loraplex.server.lora.ops.reference import add_segment
 from loraplex.server.lora.segments import Segment
-from loraplex.server.lora.weights import PackedAdapter
+from loraplex.server.lora.weights import PackedAdapter, SliceWeights
 from loraplex.server.native.team import Kernel
 
-# Tokens of a segment up to which the kernel is used, by dtype of the weights: torch would first widen bfloat16.
-MAX_KERNEL_TOKENS = {torch.float32: 16, torch.bfloat16: 32}
+# Tokens times rank of a segment up to which the kernel beats torch's matrix products, whose calls cost more than they
+# compute. Measured over 30 layers, two segments, two threads: rank 64, 16 tokens 47 ms against 66, 32 tokens 105 against
+# 88; rank 8, 128 tokens 55 against 93.
+MAX_KERNEL_WORK = 1024
+# The same sum over all segments from which on a second thread pays for being called.
+MIN_PARALLEL_WORK = 24
+# Tokens of a segment that are worth reading its weights for once more, in another thread.
+MIN_TOKENS_APART = 8
 
 _CALL = struct.Struct(f"{kernel.CALL_FIELDS}q{kernel.COUNTER_BYTES}x")
 _NOTHING = (0, 0)
@@ -60,19 +65,18 @@ class CpuLoraOps:
         dtypes = {adapter.dtype for adapter in adapters if adapter.rank}
         if len(dtypes) > 1:
             raise ValueError(f"the adapters of one call are of one dtype, not {dtypes}")
-        limit = MAX_KERNEL_TOKENS.get(dtype := next(iter(dtypes), torch.float32), 0)
-        short = [(segment, adapter) for segment, adapter in chosen if segment.end - segment.start <= limit]
-        # The most work first, so that no thread begins it when the others are done.
-        short.sort(key=lambda entry: (entry[0].start - entry[0].end) * entry[1].rank)
+        short = [entry for entry in chosen if _is_short(*entry)]
         threads = torch.get_num_threads()
-        arguments, kept = _lay_out(short, threads)
+        if sum((segment.end - segment.start) * adapter.rank for segment, adapter in short) < MIN_PARALLEL_WORK:
+            threads = 1
+        arguments, kept = _lay_out(_divide(short, threads), threads)
         return _Prepared(
-            run=kernel.lora_add_kernel(dtype) if short else None,
+            run=kernel.lora_add_kernel(next(iter(dtypes), torch.float32)) if short else None,
             arguments=arguments.data,
             address=arguments.ctypes.data,
             threads=threads,
             kept=(kept, adapters),
-            long=tuple(entry for entry in chosen if entry[0].end - entry[0].start > limit),
+            long=tuple(entry for entry in chosen if not _is_short(*entry)),
             extents=_extents(adapters),
             end=max((segment.end for segment in segments), default=0),
         )
@@ -93,7 +97,7 @@ class CpuLoraOps:
             )
             step.run(step.address, step.threads)
         for segment, adapter in step.long:
-            add_segment(y, x, segment, adapter, site)
+            _add_long(y, x, segment, adapter.sites[site])
 
 
 def warm_up(weights: torch.dtype) -> None:
@@ -105,28 +109,54 @@ def warm_up(weights: torch.dtype) -> None:
     kernel.lora_add_kernel(weights)
 
 
+def _is_short(segment: Segment, adapter: PackedAdapter) -> bool:
+    tokens = segment.end - segment.start
+    return tokens * adapter.rank <= MAX_KERNEL_WORK and tokens <= kernel.MAX_TOKENS
+
+
+def _add_long(y: torch.Tensor, x: torch.Tensor, segment: Segment, slices: Sequence[SliceWeights]) -> None:
+    """Add one segment's part to `y` in place by matrix products in float32; `x` is float32."""
+    tokens = slice(segment.start, segment.end)
+    for part in slices:
+        hidden = x[tokens] @ part.a.float().T
+        columns = y[tokens, part.start : part.end]
+        if y.dtype is torch.float32:
+            columns.addmm_(hidden, part.b_t.float(), alpha=segment.scale)
+        else:
+            columns.copy_(torch.addmm(columns.float(), hidden, part.b_t.float(), alpha=segment.scale))
+
+
+def _divide(short: Sequence[tuple[Segment, PackedAdapter]], threads: int) -> list[tuple[Segment, PackedAdapter]]:
+    """Cut segments between threads if there are few; by four tokens at least, as the kernel takes them together."""
+    divided: list[tuple[Segment, PackedAdapter]] = []
+    for segment, adapter in short:
+        tokens = segment.end - segment.start
+        size = tokens if len(short) >= threads else max(MIN_TOKENS_APART, -(-tokens // (4 * threads)) * 4)
+        for start in range(segment.start, segment.end, size):
+            divided.append((replace(segment, start=start, end=min(segment.end, start + size)), adapter))
+    # The most work first, so that no thread begins it when the others are done.
+    divided.sort(key=lambda entry: (entry[0].start - entry[0].end) * entry[1].rank)
+    return divided
+
+
 def _lay_out(
     short: Sequence[tuple[Segment, PackedAdapter]], threads: int
 ) -> tuple[npt.NDArray[np.int64], tuple[npt.NDArray[Any], ...]]:
     """Return the kernel's argument block, and the arrays that it points into."""
-    rows, hidden_floats = [], 0
-    for segment, adapter in short:
-        tokens, slices = segment.end - segment.start, adapter.table.shape[1]
-        stride = tokens * adapter.rank
-        rows.append((segment.start, tokens, adapter.table.ctypes.data, slices, hidden_floats, stride))
-        hidden_floats += slices * stride
+    rows = [(s.start, s.end - s.start, a.table.ctypes.data, a.table.shape[1]) for s, a in short]
     table = np.array(rows, dtype=np.int64).reshape(-1, kernel.SEGMENT_FIELDS)
     scales = np.array([segment.scale for segment, _ in short], dtype=np.float32)
-    hidden = np.empty(hidden_floats, dtype=np.float32)
-    sums = np.empty((threads, kernel.SUMS_PER_THREAD), dtype=np.float32)
+    hidden = max(((s.end - s.start) * a.rank for s, a in short), default=0)
+    scratch = np.empty((threads, kernel.SUMS + hidden), dtype=np.float32)
+    slices = max((row[3] for row in rows), default=1)
     # Whole segments where there are enough of them: one long walk through an adapter's memory.
-    parts = 0 if threads == 1 or len(short) >= 2 * threads else 2 * threads
+    units, slices_per_unit = (1, slices) if threads == 1 or len(short) >= 2 * threads else (slices, 1)
     arguments = np.zeros(kernel.NUM_ARGUMENTS, dtype=np.int64)
     arguments[kernel.STEP_FIELDS :] = (
-        *(table.ctypes.data, scales.ctypes.data, len(short), max((row[3] for row in rows), default=0), parts),
-        *(hidden.ctypes.data, sums.ctypes.data),
+        *(table.ctypes.data, scales.ctypes.data, len(short), units, slices_per_unit),
+        *(scratch.ctypes.data, scratch.strides[0]),
     )
-    return arguments, (table, scales, hidden, sums)
+    return arguments, (table, scales, scratch)
 
 
 def _extents(adapters: Sequence[PackedAdapter]) -> tuple[tuple[int, int], ...]:

@@ -1,9 +1,10 @@
 """The compiled part of the CPU LoRA operator: reads every A and B where it lies, once, in memory order.
 
-A unit of work is one slice of one segment, or a part of it where there are few. Each output belongs to one unit and is
-summed in a fixed order, so the result depends neither on the number of threads nor on the other segments. A matrix row
-is walked from end to end for all tokens before the next one: with several rows at a time (tried: 2 and 4) the memory
-prefetchers lose the stream, and weights that are in no cache arrive up to 40 % slower.
+A unit of work is a segment or, where there are few, one slice of one. Each output belongs to one unit and is summed in
+a fixed order, so the result depends neither on the number of threads nor on the other segments. A matrix row is walked
+from end to end for all tokens before the next one: with several rows at a time (tried: 2 and 4) the memory prefetchers
+lose the stream, and weights that are in no cache arrive up to 40 % slower. For the same reason a slice is never divided
+between threads (tried: A by rows and B by columns; two threads were then no faster than one).
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import torch
 
 from loraplex.server.native.intrinsics import (
     atomic_add,
-    atomic_load,
     f32_at,
     i64_at,
     narrow,
@@ -29,42 +29,41 @@ from loraplex.server.native.vector import Float32, Pointer, axpy, axpy4, compile
 # The argument block, an int64 each. Every call writes the first CALL_FIELDS and zeroes the counters, which lie on cache
 # lines of their own because all threads write them; the rest is written once a step.
 Y, Y_STRIDE, Y_IS_BF16, X, X_STRIDE, IN_FEATURES, SITE = range(7)
-CALL_FIELDS, NEXT_TICKET, SHRUNK, NEXT_UNIT, LINE_WORDS, STEP_FIELDS = 7, 8, 16, 24, 8, 40
-SEGMENTS, SCALES, NUM_SEGMENTS, MAX_SLICES, PARTS, HIDDEN, SUMS = range(40, 47)
-NUM_ARGUMENTS = 47
+CALL_FIELDS, NEXT_TICKET, NEXT_UNIT, STEP_FIELDS = 7, 8, 16, 24
 COUNTER_BYTES = 8 * (STEP_FIELDS - CALL_FIELDS)
+SEGMENTS, SCALES, NUM_SEGMENTS, UNITS_PER_SEGMENT, SLICES_PER_UNIT, SCRATCH, SCRATCH_SIZE = range(24, 31)
+NUM_ARGUMENTS = 31
 
-# One segment: its first token, its tokens, address of the adapter's table, slices per site in that table, and where
-# its part of HIDDEN begins and how much of that each slice has, in floats.
-START, COUNT, TABLE, SLICES, HIDDEN_START, HIDDEN_STRIDE = range(6)
-SEGMENT_FIELDS = 6
+# One segment: its first token, its tokens, address of the adapter's table, slices per site in that table.
+START, COUNT, TABLE, SLICES = range(4)
+SEGMENT_FIELDS = 4
 
 # One slice in PackedAdapter.table.
 A, B_T, RANK, COLUMN, WIDTH = range(5)
 SLICE_FIELDS = 5
 
-SUMS_PER_THREAD = 4096  # float32; 16 KiB, half of a first-level cache
-LINE = 16  # float32 of a cache line: where the columns of a slice are divided
+# A thread's scratch holds, in float32: SUMS sums (16 KiB, half of a first-level cache), then x A^T (tokens, rank).
+SUMS = 4096
+MAX_TOKENS = 256  # of a segment, so that SUMS divides into whole cache lines
 BYTES = 8  # of an int64
 
 
 @compiled
-def _shrink(p: Pointer, segment: Pointer, a: Pointer, hidden: int, rank: int, part: int) -> None:
-    """Set hidden[t, r] = x[t] . a[r] for all tokens of the segment and this part's ranks."""
+def _shrink(p: Pointer, segment: Pointer, a: Pointer, rank: int, hidden: Pointer) -> None:
+    """Set hidden[t, r] = x[t] . a[r] for all tokens of the segment."""
     n, stride, tokens = p[IN_FEATURES], p[X_STRIDE], segment[COUNT]
-    x, h, first = f32_at(p[X]), f32_at(p[HIDDEN]), segment[START] * p[X_STRIDE]
-    parts = max(1, p[PARTS])
-    for r in range(rank * part // parts, rank * (part + 1) // parts):
+    x, first = f32_at(p[X]), segment[START] * p[X_STRIDE]
+    for r in range(rank):
         t = 0
         while t + 4 <= tokens:
             s0, s1, s2, s3 = dot4(a, r * n, x, first + t * stride, stride, n)
-            h[hidden + t * rank + r] = s0
-            h[hidden + (t + 1) * rank + r] = s1
-            h[hidden + (t + 2) * rank + r] = s2
-            h[hidden + (t + 3) * rank + r] = s3
+            hidden[t * rank + r] = s0
+            hidden[(t + 1) * rank + r] = s1
+            hidden[(t + 2) * rank + r] = s2
+            hidden[(t + 3) * rank + r] = s3
             t += 4
         while t < tokens:
-            h[hidden + t * rank + r] = dot(a, r * n, x, first + t * stride, n)
+            hidden[t * rank + r] = dot(a, r * n, x, first + t * stride, n)
             t += 1
 
 
@@ -91,18 +90,13 @@ def _expand_tile(b: Pointer, b_at: int, width: int, h: Pointer, rank: int, token
 
 
 @compiled
-def _expand(
-    p: Pointer, segment: Pointer, s: Pointer, b: Pointer, scale: Float32, hidden: int, sums: Pointer, part: int
-) -> None:
-    """Add scale * hidden b to y for all tokens of the segment and this part's columns."""
-    width, tokens = s[WIDTH], segment[COUNT]
-    parts = max(1, p[PARTS])
-    lines = -(-width // LINE)
-    column, end = LINE * (lines * part // parts), min(width, LINE * (lines * (part + 1) // parts))
-    h = f32_at(p[HIDDEN] + 4 * hidden)
-    while column < end:
-        n = min(end - column, SUMS_PER_THREAD // tokens)
-        _expand_tile(b, column, width, h, s[RANK], tokens, sums, n)
+def _expand(p: Pointer, segment: Pointer, s: Pointer, b: Pointer, scale: Float32, scratch: int) -> None:
+    """Add scale * hidden b to y for all tokens of the segment."""
+    width, tokens, column = s[WIDTH], segment[COUNT], 0
+    sums, hidden = f32_at(scratch), f32_at(scratch + 4 * SUMS)
+    while column < width:
+        n = min(width - column, SUMS // tokens)
+        _expand_tile(b, column, width, hidden, s[RANK], tokens, sums, n)
         for t in range(tokens):
             at = (segment[START] + t) * p[Y_STRIDE] + s[COLUMN] + column
             if p[Y_IS_BF16]:
@@ -113,55 +107,27 @@ def _expand(
 
 
 @compiled
-def _slice(
-    p: Pointer, segment: Pointer, position: int, scale: Float32, part: int, sums: Pointer, phase: int, weight: Float32
-) -> None:
-    """Do one part of one slice: phase 0 shrinks, the last phase expands."""
-    s = i64_at(segment[TABLE] + (p[SITE] * segment[SLICES] + position) * SLICE_FIELDS * BYTES)
-    if s[RANK] == 0:
-        return
-    hidden = segment[HIDDEN_START] + position * segment[HIDDEN_STRIDE]
-    if phase == 0:
-        _shrink(p, segment, pointer_like(s[A], weight), hidden, s[RANK], part)
-    if phase == 1 or p[PARTS] == 0:
-        _expand(p, segment, s, pointer_like(s[B_T], weight), scale, hidden, sums, part)
-
-
-@compiled
-def _unit(p: Pointer, unit: int, sums: Pointer, phase: int, weight: Float32) -> None:
-    """Do one unit: a whole segment, or where slices are divided, one part of one slice."""
-    if p[PARTS] == 0:
-        index, part, first, last = unit, 0, 0, p[MAX_SLICES]
-    else:
-        index, rest = unit // (p[MAX_SLICES] * p[PARTS]), unit % (p[MAX_SLICES] * p[PARTS])
-        part, first = rest % p[PARTS], rest // p[PARTS]
-        last = first + 1
+def _unit(p: Pointer, unit: int, scratch: int, weight: Float32) -> None:
+    """Do one unit: units count through segments, then groups of slices."""
+    index, first = unit // p[UNITS_PER_SEGMENT], unit % p[UNITS_PER_SEGMENT] * p[SLICES_PER_UNIT]
     segment = i64_at(p[SEGMENTS] + index * SEGMENT_FIELDS * BYTES)
-    for position in range(first, min(last, segment[SLICES])):
-        _slice(p, segment, position, f32_at(p[SCALES])[index], part, sums, phase, weight)
+    for position in range(first, min(first + p[SLICES_PER_UNIT], segment[SLICES])):
+        s = i64_at(segment[TABLE] + (p[SITE] * segment[SLICES] + position) * SLICE_FIELDS * BYTES)
+        if s[RANK] > 0:
+            _shrink(p, segment, pointer_like(s[A], weight), s[RANK], f32_at(scratch + 4 * SUMS))
+            _expand(p, segment, s, pointer_like(s[B_T], weight), f32_at(p[SCALES])[index], scratch)
 
 
 @compiled
 def _run(arguments: int, weight: Float32) -> None:
-    """Take units until none is left. Divided slices need all of `hidden` first: expanding then waits for shrinking.
-
-    `weight` only carries a type: float32, or uint16 for bfloat16.
-    """
+    """Take units until none is left. `weight` only carries a type: float32, or uint16 for bfloat16."""
     p = i64_at(arguments)
-    sums = f32_at(p[SUMS] + 4 * SUMS_PER_THREAD * atomic_add(arguments + NEXT_TICKET * BYTES, 1))
-    units, phases = p[NUM_SEGMENTS], 1
-    if p[PARTS] > 0:
-        units, phases = p[NUM_SEGMENTS] * p[MAX_SLICES] * p[PARTS], 2
-    for phase in range(phases):
-        while phase > 0 and atomic_load(arguments + SHRUNK * BYTES) < units:
-            pass
-        counter = arguments + (NEXT_UNIT + phase * LINE_WORDS) * BYTES
-        unit = atomic_add(counter, 1)
-        while unit < units:
-            _unit(p, unit, sums, phase, weight)
-            if phase == 0:
-                atomic_add(arguments + SHRUNK * BYTES, 1)
-            unit = atomic_add(counter, 1)
+    scratch = p[SCRATCH] + p[SCRATCH_SIZE] * atomic_add(arguments + NEXT_TICKET * BYTES, 1)
+    units = p[NUM_SEGMENTS] * p[UNITS_PER_SEGMENT]
+    unit = atomic_add(arguments + NEXT_UNIT * BYTES, 1)
+    while unit < units:
+        _unit(p, unit, scratch, weight)
+        unit = atomic_add(arguments + NEXT_UNIT * BYTES, 1)
 
 
 def _lora_add_f32(arguments: int) -> None:
