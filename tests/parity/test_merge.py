@@ -38,12 +38,18 @@ def make_base(folder: Path, family: str, *, tied: bool = True, dtype: torch.dtyp
     torch.manual_seed(0)
     model: Any
     if family == "llama":
-        sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
-        config = LlamaConfig(vocab_size=96, num_hidden_layers=2, tie_word_embeddings=tied, **sizes)
-        model = LlamaForCausalLM(config)
+        sizes: dict[str, Any] = {
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+        }
+        model = LlamaForCausalLM(
+            LlamaConfig(vocab_size=96, num_hidden_layers=2, num_attention_heads=4, tie_word_embeddings=tied, **sizes)
+        )
     else:
-        config = GPT2Config(vocab_size=96, n_embd=64, n_layer=2, n_head=4, n_positions=32, tie_word_embeddings=tied)
-        model = GPT2LMHeadModel(config)
+        shape: dict[str, Any] = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 32}
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=96, tie_word_embeddings=tied, **shape))
     # Norms and biases away from their initial ones and zeros, so that losing one is seen.
     for parameter in model.parameters():
         parameter.data += 0.02 * torch.randn_like(parameter)
@@ -60,7 +66,7 @@ def make_adapter(base: Path, folder: Path, targets: Sequence[str], **options: An
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = 0.1 * torch.randn_like(parameter)
-    model.save_pretrained(folder, save_embedding_layers=False)
+    model.save_pretrained(str(folder), save_embedding_layers=False)
     return folder
 
 

@@ -69,8 +69,8 @@ def test_pattern_matching_is_pefts(keys: list[str], module: str) -> None:
 )
 def test_rank_and_scaling_are_pefts(ranks: dict[str, int], alphas: dict[str, int], rslora: bool, module: str) -> None:
     spec = parse(rank_pattern=ranks, alpha_pattern=alphas, use_rslora=rslora)
-    rank = ranks.get(get_pattern_key(ranks.keys(), module), 4)
-    alpha = alphas.get(get_pattern_key(alphas.keys(), module), 8)
+    rank = ranks.get(get_pattern_key(list(ranks), module), 4)
+    alpha = alphas.get(get_pattern_key(list(alphas), module), 8)
     assert spec.rank_of(module) == rank
     assert spec.scaling_of(module) == (alpha / math.sqrt(rank) if rslora else alpha / rank)
 

@@ -51,9 +51,9 @@ def test_logits_segments_count_only_rows_that_sample() -> None:
 
 
 def test_no_adapter_no_segments() -> None:
-    assert build_batch([scheduled([1, 2], 0, 2, [0])], {}.__getitem__, 4, CPU).lora is None
+    assert build_batch([scheduled([1, 2], 0, 2, [0])], lambda digest: 0, 4, CPU).lora is None
 
 
 def test_no_rows_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one row"):
-        build_batch([], {}.__getitem__, 4, CPU)
+        build_batch([], lambda digest: 0, 4, CPU)

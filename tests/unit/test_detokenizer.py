@@ -82,7 +82,7 @@ def test_pieces_of_random_tokens_join_to_the_full_decode(make, data):
 def test_words_after_a_prompt_keep_their_space_and_first_words_have_none(make):
     tokenizer = make()
     output = tokenizer.fast.encode("hello world", add_special_tokens=False).ids
-    assert "".join(stream(tokenizer, [tokenizer.fast.token_to_id("<s>")], output)) == "hello world"
+    assert "".join(stream(tokenizer, [tiny_tokenizers.token_id(tokenizer, "<s>")], output)) == "hello world"
     after = tokenizer.fast.encode(" hello", add_special_tokens=False).ids
     assert "".join(stream(tokenizer, tokenizer.encode("the fox"), after)).startswith(" ")
 
@@ -113,16 +113,16 @@ def test_a_character_that_the_prompt_began_belongs_to_the_output():
 
 def test_a_run_of_byte_tokens_waits_for_its_end_and_turns_invalid_as_a_whole():
     tokenizer = tiny_tokenizers.byte_fallback()
-    ids = [tokenizer.fast.token_to_id(f"<0x{byte:02X}>") for byte in "你".encode()]
-    invalid = tokenizer.fast.token_to_id("<0xFF>")
-    word = tokenizer.fast.token_to_id("▁")
+    ids = [tiny_tokenizers.token_id(tokenizer, f"<0x{byte:02X}>") for byte in "你".encode()]
+    invalid = tiny_tokenizers.token_id(tokenizer, "<0xFF>")
+    word = tiny_tokenizers.token_id(tokenizer, "▁")
     assert stream(tokenizer, [], [*ids, word]) == ["", "", "", "你 ", ""]
     assert "".join(stream(tokenizer, [], [*ids, invalid, word])) == "\ufffd" * 4 + " "
 
 
 def test_invalid_bytes_do_not_hold_back_the_text():
     tokenizer = tiny_tokenizers.byte_level()
-    invalid = tokenizer.fast.token_to_id("ÿ")  # the byte 0xFF
+    invalid = tiny_tokenizers.token_id(tokenizer, "ÿ")  # the byte 0xFF
     assert tokenizer.decode([invalid]) == "\ufffd"
     detokenizer = IncrementalDetokenizer(tokenizer, [])
     pieces = [detokenizer.push(invalid).text for _ in range(100)]
@@ -188,7 +188,7 @@ def test_stop_strings_cut_the_same_however_the_text_is_split(text, stop, split):
 def test_only_what_may_become_a_stop_string_is_held_back():
     tokenizer = tiny_tokenizers.byte_level()
     detokenizer = IncrementalDetokenizer(tokenizer, [], ["xyz"])
-    texts = [detokenizer.push(tokenizer.fast.token_to_id(char)).text for char in "axxyaxy"]
+    texts = [detokenizer.push(tiny_tokenizers.token_id(tokenizer, char)).text for char in "axxyaxy"]
     assert texts == ["a", "", "x", "", "xya", "", ""]
     assert detokenizer.finish() == "xy"
     assert not detokenizer.stopped

@@ -85,3 +85,10 @@ def byte_fallback() -> Tokenizer:
 @cache
 def metaspace() -> Tokenizer:
     return Tokenizer(wrap(metaspace_fast()))
+
+
+def token_id(tokenizer: Tokenizer, token: str) -> int:
+    """Return the id of a token that must exist."""
+    found = tokenizer.fast.token_to_id(token)
+    assert found is not None, f"no token {token!r}"
+    return found
