@@ -41,7 +41,6 @@ def make_base(folder: Path, family: str, *, tied: bool = True, dtype: torch.dtyp
         sizes: dict[str, Any] = {
             "hidden_size": 64,
             "intermediate_size": 128,
-            "num_attention_heads": 4,
             "num_key_value_heads": 2,
         }
         model = LlamaForCausalLM(

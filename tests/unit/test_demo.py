@@ -49,10 +49,26 @@ def test_only_the_expected_first_line_is_right(text: str, right: bool) -> None:
     assert is_right(text, "positive") is right
 
 
-def test_three_of_four_answers_are_enough() -> None:
-    yes, no = answer("yes"), answer("no")
-    assert enough_right([yes, yes, yes, no])
-    assert not enough_right([yes, yes, no, no])
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ('{"a": 1, "b": 2, "c": 3, "d": 4}', True),
+        ('{"d": 4, "c": 3, "b": 2, "a": 0}', True),
+        ('{"a": 1, "b": 2, "c": 0, "d": 0}', False),
+        ('{"a": 1, "b": 2, "c": 3}', False),
+        ('{"a": 1, "b": 2, "c": 3, "d": 4', False),
+        ("[1, 2, 3, 4]", False),
+    ],
+)
+def test_a_record_is_right_with_its_keys_and_most_fields(text: str, right: bool) -> None:
+    assert is_right(text, '{"a": 1, "b": 2, "c": 3, "d": 4}') is right
+
+
+def test_half_of_the_answers_and_more_than_the_base_are_enough() -> None:
+    yes, no, both = answer("yes"), answer("no"), answer("yes", "yes")
+    assert enough_right([yes, yes, no, no])
+    assert not enough_right([yes, no, no, no])
+    assert not enough_right([both, both])
     assert not enough_right([])
 
 
