@@ -67,12 +67,15 @@ def make(
 _ids: Iterator[int] = iter(range(10**9))
 
 
-def sequence(prompt: int, max_tokens: int = 3, digest: str | None = None, arrival: float = 0.0) -> Sequence:
+def sequence(
+    prompt: int, max_tokens: int = 3, digest: str | None = None, arrival: float = 0.0, scale: float = 1.0
+) -> Sequence:
     number = next(_ids)
     # Different first tokens keep prompts from sharing blocks unless a test wants it.
     tokens = (number, *range(prompt - 1))
     params = SamplingParams(max_tokens=max_tokens, seed=0)
-    return Sequence(GenerationRequest(str(number), tokens, params, adapter_digest=digest), 0, arrival)
+    request = GenerationRequest(str(number), tokens, params, adapter_digest=digest, adapter_scale=scale)
+    return Sequence(request, 0, arrival)
 
 
 def run_step(scheduler: Scheduler, blocks: BlockManager, now: float) -> tuple[StepPlan, list[Sequence]]:
@@ -180,10 +183,12 @@ def test_finish_works_wherever_a_sequence_is() -> None:
     blocks.check_integrity([])
 
 
-def test_a_flood_on_one_adapter_does_not_hold_up_another() -> None:
+@pytest.mark.parametrize("scale_step", [0.0, 0.001])
+def test_a_flood_on_one_adapter_does_not_hold_up_another(scale_step: float) -> None:
+    """Nor does one under many scales, which are no queues of their own."""
     scheduler, blocks, _ = make()
-    for _ in range(200):
-        scheduler.add(sequence(4, max_tokens=8, digest="flood"))
+    for number in range(200):
+        scheduler.add(sequence(4, max_tokens=8, digest="flood", scale=1 + number * scale_step))
     run_step(scheduler, blocks, 0.0)
     rare = sequence(4, max_tokens=8, digest="rare", arrival=0.05)
     scheduler.add(rare)

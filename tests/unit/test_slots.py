@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from loraplex.server.engine.scheduler import Residency
 from loraplex.server.errors import EngineError, NotFoundError, ResourceExhaustedError
-from loraplex.server.lora.slots import SlotPool
+from loraplex.server.lora.slots import MAX_LOADS_AHEAD, SlotPool
 from loraplex.server.lora.weights import PackedAdapter
 from tests.unit.fakes import packed
 
@@ -178,3 +178,29 @@ def test_a_failed_load_is_told_once_and_tried_again(raised: Exception, expected:
 def test_a_negative_budget_is_refused() -> None:
     with pytest.raises(ValueError, match="capacity_bytes"):
         SlotPool(packed, -1)
+
+
+def test_what_nobody_waits_for_any_more_is_dropped() -> None:
+    pool = SlotPool(lambda digest: packed(digest, 8), 8)
+    load(pool, "a")
+    pool.retain("a")
+    until(pool, lambda: pool.require("b") is Residency.NO_ROOM)
+    pool.poll()  # the step after b's request has gone
+    pool.poll()
+    assert not pool._ready
+    pool.close()
+
+
+def test_few_adapters_load_ahead_of_the_budget() -> None:
+    gate = threading.Event()
+
+    def slow(digest: str) -> PackedAdapter:
+        gate.wait()
+        return packed(digest, 8)
+
+    pool = SlotPool(slow, 8)
+    for number in range(50):
+        assert pool.require(f"a{number}") is Residency.LOADING
+    assert len(pool._loading) == MAX_LOADS_AHEAD
+    gate.set()
+    pool.close()

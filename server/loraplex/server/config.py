@@ -32,12 +32,12 @@ class EngineConfig:
         max_num_seqs: rows in one forward pass.
         max_num_batched_tokens: tokens in one forward pass, decode rows included.
         max_model_len: tokens in prompt and output together; 0 takes the model's own limit.
-        max_waiting: sequences waiting for a row; one more is refused.
-        max_wait_s: a waiting sequence older than this goes before all younger ones, whatever their adapters.
+        max_waiting: sequences waiting for a row; a request that comes then is refused.
+        max_wait_s: an adapter whose queue has had no admission for longer than this is served before all others.
         block_size: tokens in one KV block.
         kv_cache_memory: bytes for keys and values.
         adapter_device_memory: bytes for adapter weights beside the base model.
-        adapter_dtype: "auto" (the compute dtype), "float32" or "bfloat16".
+        adapter_dtype: "auto" (the compute dtype), "float32", "bfloat16" or "float16".
         enable_prefix_caching: reuse the blocks of equal prompts under equal effective weights.
         threads: CPU threads of the matrix products; 0 leaves PyTorch's choice.
     """

@@ -37,9 +37,7 @@ class EngineClient:
         self._loop = asyncio.get_running_loop()
         self._streams: dict[str, asyncio.Queue[RequestOutput]] = {}
         self._numbers = count()
-        self._idle = asyncio.Event()
-        self._idle.set()
-        self._draining = False
+        self._closed = False
         self._failure: str | None = None
         self._engine = make_engine(self._publish)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -56,6 +54,11 @@ class EngineClient:
         """Requests that have not got their last output."""
         return len(self._streams)
 
+    @property
+    def failed(self) -> bool:
+        """Whether the engine thread has died."""
+        return self._failure is not None
+
     def start(self) -> None:
         """Start the engine thread."""
         self._thread.start()
@@ -64,16 +67,15 @@ class EngineClient:
         """Yield the outputs of `request`, the last one with `finished` set; leaving the iterator aborts the request.
 
         Raises:
-            UnavailableError: while the server drains, or once the engine has failed.
+            UnavailableError: once the client is closed, or the engine has failed.
             LoraplexError: what the engine reports for this request.
         """
-        if self._draining or self._failure is not None:
-            raise UnavailableError(self._failure or "the server is draining: it takes no new requests")
+        if self._closed or self._failure is not None:
+            raise UnavailableError(self._failure or "the server is stopping: it takes no new requests")
         # Callers may repeat an id (a retry does); late outputs of the first must never reach the second.
         request = replace(request, request_id=f"{request.request_id}#{next(self._numbers)}")
         outputs: asyncio.Queue[RequestOutput] = asyncio.Queue()
         self._streams[request.request_id] = outputs
-        self._idle.clear()
         self._engine.submit(AddRequest(request))
         finished = False
         try:
@@ -87,8 +89,6 @@ class EngineClient:
             if not finished:
                 self._engine.submit(AbortRequest(request.request_id))
             del self._streams[request.request_id]
-            if not self._streams:
-                self._idle.set()
 
     def pin(self, digest: str) -> None:
         """Load an adapter and keep it on the device until `unpin`."""
@@ -102,19 +102,9 @@ class EngineClient:
         """Drop an adapter's weights from the device when its last row ends."""
         self._engine.submit(ForgetAdapter(digest))
 
-    async def drain(self, grace_s: float) -> bool:
-        """Take no new requests and wait up to `grace_s` seconds for the running ones; return whether all finished."""
-        self._draining = True
-        try:
-            await asyncio.wait_for(self._idle.wait(), grace_s)
-        except TimeoutError:
-            logger.warning("%d requests did not finish within the grace time of %g s", len(self._streams), grace_s)
-            return False
-        return True
-
     async def close(self) -> None:
         """Stop the engine; requests that still run get an UnavailableError."""
-        self._draining = True
+        self._closed = True
         self._engine.submit(Stop())
         if self._thread.is_alive():
             await asyncio.to_thread(self._thread.join)

@@ -12,6 +12,8 @@ from loraplex.server.errors import FieldViolation, InvalidRequestError, Loraplex
 MAX_LOGPROBS = 20
 MAX_CHOICES = 64
 MAX_STOP_STRINGS = 16
+MAX_STOP_LENGTH = 256
+MAX_STOP_TOKENS = 256
 MAX_ADAPTER_SCALE = 100.0
 
 
@@ -65,6 +67,12 @@ class SamplingParams:
             ("presence_penalty", finite(self.presence_penalty, -2, 2), "must be within -2 and 2"),
             ("frequency_penalty", finite(self.frequency_penalty, -2, 2), "must be within -2 and 2"),
             ("stop", len(self.stop) <= MAX_STOP_STRINGS, f"at most {MAX_STOP_STRINGS} strings"),
+            (
+                "stop",
+                all(len(stop) <= MAX_STOP_LENGTH for stop in self.stop),
+                f"a stop string has at most {MAX_STOP_LENGTH} characters",
+            ),
+            ("stop_token_ids", len(self.stop_token_ids) <= MAX_STOP_TOKENS, f"at most {MAX_STOP_TOKENS} tokens"),
             ("stop", all(self.stop), "an empty stop string would end the output at once"),
             (
                 "stop_token_ids",

@@ -4,7 +4,7 @@ Decodes come first, then prompts that were begun, then waiting sequences, all un
 Sarathi-Serve), the KV blocks and the adapter memory. When blocks run out, the sequence that was admitted last gives
 its blocks back and is computed again later (preemption by recomputation).
 
-Who is admitted next is decided between the heads of one queue per effective weights: preempted sequences, then heads
+Who is admitted next is decided between the heads of one queue per adapter: preempted sequences, then heads
 whose adapter was passed over for longer than `max_wait_s`, then the adapter with the fewest rows. An adapter that
 floods the server therefore fills the rows nobody else wants and no more, and none waits without bound.
 
@@ -25,7 +25,8 @@ from loraplex.server.engine.block_manager import BlockManager
 from loraplex.server.engine.sequence import Sequence, SequenceStatus
 from loraplex.server.errors import LoraplexError, ResourceExhaustedError
 
-AdapterKey = tuple[str | None, float]
+AdapterKey = str | None
+"""The digest that a queue is for; None is the base. Scales share it, or a client could open queues at will."""
 
 
 class Residency(enum.Enum):
@@ -115,7 +116,7 @@ class Scheduler:
             raise ResourceExhaustedError(
                 f"{self.num_waiting} sequences are waiting already, as many as max_waiting allows", retry_after_s=1.0
             )
-        self._waiting.setdefault(seq.adapter_key, deque()).append(seq)
+        self._waiting.setdefault(seq.request.adapter_digest, deque()).append(seq)
 
     def finish(self, seq: Sequence) -> None:
         """Take a sequence out, wherever it is, and give back what it holds."""
@@ -164,21 +165,21 @@ class Scheduler:
 
     def _admit(self, now: float, failed: list[tuple[Sequence, LoraplexError]]) -> Iterator[Sequence]:
         """Admit waiting sequences one by one, as long as the caller asks for more and rows, blocks and slots last."""
-        rows = Counter(seq.adapter_key for seq in self.running)
+        rows = Counter(seq.request.adapter_digest for seq in self.running)
         draining = False
         for head in self._candidates(rows, now):
             if len(self.running) >= self._config.max_num_seqs:
                 return
             if head.request.adapter_digest is not None:
                 residency = Residency.NO_ROOM if draining else self._residency(head, failed)
-                if residency is Residency.NO_ROOM and self._is_overdue(head.adapter_key, head, now):
+                if residency is Residency.NO_ROOM and self._is_overdue(head.request.adapter_digest, head, now):
                     draining = True  # no further row on any adapter until enough end for these weights to fit
                 if residency is not Residency.RESIDENT:
                     continue  # its own requests wait, others do not
             if not self._reserve(head):
                 return
             self._start(head, now)
-            rows[head.adapter_key] += 1
+            rows[head.request.adapter_digest] += 1
             yield head
 
     def _residency(self, head: Sequence, failed: list[tuple[Sequence, LoraplexError]]) -> Residency:
@@ -233,8 +234,8 @@ class Scheduler:
             self._preempted.remove(seq)
         else:
             self._remove_waiting(seq)
-        if seq.adapter_key in self._waiting:
-            self._last_admission_s[seq.adapter_key] = now
+        if seq.request.adapter_digest in self._waiting:
+            self._last_admission_s[seq.request.adapter_digest] = now
         if seq.request.adapter_digest is not None:
             self._slots.retain(seq.request.adapter_digest)
         seq.status = SequenceStatus.RUNNING
@@ -256,9 +257,9 @@ class Scheduler:
             self._slots.release(seq.request.adapter_digest)
 
     def _remove_waiting(self, seq: Sequence) -> None:
-        queue = self._waiting[seq.adapter_key]
+        queue = self._waiting[seq.request.adapter_digest]
         queue.remove(seq)
         if not queue:
-            del self._waiting[seq.adapter_key]
+            del self._waiting[seq.request.adapter_digest]
             # An idle adapter starts afresh; keeping its time would grow the table with every adapter ever seen.
-            self._last_admission_s.pop(seq.adapter_key, None)
+            self._last_admission_s.pop(seq.request.adapter_digest, None)

@@ -23,6 +23,9 @@ from loraplex.server.lora.weights import PackedAdapter
 
 logger = logging.getLogger(__name__)
 
+MAX_LOADS_AHEAD = 4
+"""Adapters that are being loaded or wait for room at one time; they are beside the budget until they are installed."""
+
 AdapterLoader = Callable[[str], PackedAdapter]
 """Reads the weights of a digest and packs them for the device; runs on a background thread."""
 
@@ -56,6 +59,7 @@ class SlotPool:
         self._outdated: set[str] = set()  # forgotten while loading: what that load brings is not used
         self._ready: dict[str, PackedAdapter] = {}  # loaded, waiting for room
         self._failures: dict[str, LoraplexError] = {}
+        self._wanted: set[str] = set()  # asked for since the last poll
         self._done: queue.SimpleQueue[tuple[str, Future[PackedAdapter]]] = queue.SimpleQueue()
         self._pins: set[str] = set()
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapter-load")
@@ -99,12 +103,11 @@ class SlotPool:
             return Residency.RESIDENT
         if digest in self._failures:
             return Residency.FAILED
+        self._wanted.add(digest)
         if digest in self._ready:
             return self._install(digest)
-        if digest not in self._loading:
-            self._loading.add(digest)
-            future = self._executor.submit(self._loader, digest)
-            future.add_done_callback(lambda done: self._report(digest, done))
+        if digest not in self._loading and len(self._loading) + len(self._ready) < MAX_LOADS_AHEAD:
+            self._load(digest)
         return Residency.LOADING
 
     def failure(self, digest: str) -> LoraplexError:
@@ -126,7 +129,8 @@ class SlotPool:
     def pin(self, digest: str) -> None:
         """Never evict this adapter, once it is resident, until `unpin`; begin to load it."""
         self._pins.add(digest)
-        self.require(digest)
+        if digest not in self._entries and digest not in self._ready and digest not in self._loading:
+            self._load(digest)
 
     def unpin(self, digest: str) -> None:
         """Let the adapter go like any other."""
@@ -147,8 +151,16 @@ class SlotPool:
             self._drop(digest)
 
     def poll(self) -> bool:
-        """Take over what the background thread has finished; return whether anything came."""
+        """Take over what the background thread has finished; return whether anything came.
+
+        What nobody has asked for since the last poll is dropped: a request may have gone while its adapter loaded or
+        failed to load.
+        """
         came = False
+        self._failures.clear()
+        for digest in self._ready.keys() - self._wanted - self._pins:
+            del self._ready[digest]
+        self._wanted.clear()
         while True:
             try:
                 digest, future = self._done.get_nowait()
@@ -173,6 +185,11 @@ class SlotPool:
         assert all(entry.rows >= 0 for entry in self._entries.values()), "a negative row count"
         assert not self._loading & set(self._entries), "resident and loading at once"
 
+    def _load(self, digest: str) -> None:
+        self._loading.add(digest)
+        future = self._executor.submit(self._loader, digest)
+        future.add_done_callback(lambda done: self._report(digest, done))
+
     def _report(self, digest: str, future: Future[PackedAdapter]) -> None:
         self._done.put((digest, future))
         self._on_load()
@@ -182,7 +199,7 @@ class SlotPool:
             # Its file may have been deleted under the load; whoever wants it again gets a load of its own.
             self._outdated.discard(digest)
             if digest in self._pins:
-                self.require(digest)
+                self._load(digest)
             return
         if future.cancelled():
             return
@@ -205,6 +222,8 @@ class SlotPool:
                 f"adapter {digest} needs {packed.nbytes} bytes of the adapter device memory, of which pinned ones "
                 f"hold {pinned} of {self._capacity} bytes. Unpin one, or raise --adapter-device-memory"
             )
+            if digest in self._pins:
+                logger.warning("%s", self._failures[digest])
             return Residency.FAILED
         if not self._make_room(packed.nbytes):
             return Residency.NO_ROOM

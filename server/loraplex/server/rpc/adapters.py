@@ -12,7 +12,7 @@ import grpc.aio
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from loraplex.adapters.binding import BindReport
-from loraplex.adapters.records import AdapterRecord
+from loraplex.adapters.records import AdapterRecord, Registration
 from loraplex.adapters.registry import AdapterRegistry
 from loraplex.server.engine.client import EngineClient
 from loraplex.server.errors import InvalidRequestError
@@ -43,7 +43,7 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
         registration = await self._call(
             self._registry.register, request.name, Path(request.path), description=request.description
         )
-        self._count()
+        self._registered(registration)
         return pb.RegisterAdapterResponse(
             adapter=self._message(registration.record), previous_digest=registration.previous_digest or ""
         )
@@ -53,7 +53,7 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
     ) -> pb.UploadAdapterResponse:
         """Take an adapter's files, then register them like a folder."""
         registration = await receive_upload(request_iterator, self._registry, self._executor)
-        self._count()
+        self._registered(registration)
         return pb.UploadAdapterResponse(
             adapter=self._message(registration.record), previous_digest=registration.previous_digest or ""
         )
@@ -124,6 +124,16 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
     async def _call(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._executor, lambda: function(*args, **kwargs))
+
+    def _registered(self, registration: Registration) -> None:
+        """A pin follows its name to the new version."""
+        previous, digest = registration.previous_digest, registration.record.digest
+        if previous in self._pinned and previous != digest:
+            self._pinned.discard(previous)
+            self._engine.unpin(previous)
+            self._pinned.add(digest)
+            self._engine.pin(digest)
+        self._count()
 
     def _forget_unnamed(self, digest: str) -> None:
         """Drop weights that no name has any more: `digest`, which may not be on the device yet, and older versions."""

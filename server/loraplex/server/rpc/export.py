@@ -12,6 +12,7 @@ import math
 import os
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator
+from concurrent.futures import Executor
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from loraplex.server.errors import (
     PreconditionError,
     ResourceExhaustedError,
 )
+from loraplex.server.rpc.adapter_use import adapter_use
 from loraplex.v1 import export_pb2 as pb
 from loraplex.v1 import export_pb2_grpc
 
@@ -52,10 +54,13 @@ class ExportSource:
 class ExportServicer(export_pb2_grpc.ExportServiceServicer):
     """Answers MergeAdapter, one merge at a time."""
 
-    def __init__(self, registry: AdapterRegistry, source: ExportSource, export_root: Path | None) -> None:
+    def __init__(
+        self, registry: AdapterRegistry, source: ExportSource, export_root: Path | None, executor: Executor
+    ) -> None:
         self._registry = registry
         self._source = source
         self._root = export_root
+        self._executor = executor
         self._busy = asyncio.Lock()
 
     async def MergeAdapter(
@@ -71,8 +76,7 @@ class ExportServicer(export_pb2_grpc.ExportServiceServicer):
             raise InvalidRequestError.of("base", f"unknown value {request.base}")
         if base == "dequantized" and self._source.quantization == "none":
             raise PreconditionError("the base model is not quantized: merge into MERGE_BASE_FULL_PRECISION")
-        record = await asyncio.to_thread(self._registry.acquire, request.adapter)
-        try:
+        async with adapter_use(self._registry, request.adapter, self._executor) as record:
             job = {
                 "model_dir": str(self._source.model_path),
                 "adapter_dir": str(self._registry.folder(record.digest)),
@@ -88,9 +92,6 @@ class ExportServicer(export_pb2_grpc.ExportServiceServicer):
             yield pb.MergeAdapterResponse(
                 modules_done=done, modules_total=total, output_path=str(output), adapter_digest=record.digest
             )
-        finally:
-            # Releasing the last use of an unregistered adapter deletes files: not on the event loop.
-            await asyncio.shield(asyncio.to_thread(self._registry.release, record.digest))
 
     def _output(self, relative: str) -> Path:
         if self._root is None:

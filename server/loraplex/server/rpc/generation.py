@@ -6,8 +6,8 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from concurrent.futures import Executor, Future
-from contextlib import aclosing
+from concurrent.futures import Executor
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing
 from dataclasses import dataclass, field
 
 import grpc.aio
@@ -25,6 +25,7 @@ from loraplex.server.engine.request import (
     Usage,
 )
 from loraplex.server.errors import InvalidRequestError
+from loraplex.server.rpc.adapter_use import adapter_use
 from loraplex.server.rpc.interceptors import ADAPTER_DIGEST_KEY, REQUEST_ID_KEY, current_request_id
 from loraplex.server.tokenizer import Tokenizer
 from loraplex.v1 import generation_pb2 as pb
@@ -97,33 +98,19 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         deadline = None if remaining is None else time.monotonic() + remaining
         name = _adapter_name(message)
         # On threads: neither the catalog's file nor a long prompt may hold up the event loop.
-        record = await self._acquire(name) if name else None
-        try:
+        async with AsyncExitStack() as stack:
+            record = await stack.enter_async_context(self._use(name)) if name else None
             request = await loop.run_in_executor(
                 self._executor, self._request, message, record, deadline, current_request_id.get()
             )
             digest = (ADAPTER_DIGEST_KEY, record.digest if record else "")
             context.set_trailing_metadata(((REQUEST_ID_KEY, request.request_id), digest))
-            async with aclosing(self._engine.generate(request)) as outputs:
-                async for output in outputs:
-                    yield output
-        finally:
-            if record is not None:
-                # Releasing the last request of an unregistered adapter deletes files: not on the event loop.
-                self._executor.submit(self._registry.release, record.digest)
+            outputs = await stack.enter_async_context(aclosing(self._engine.generate(request)))
+            async for output in outputs:
+                yield output
 
-    async def _acquire(self, name: str) -> AdapterRecord:
-        """Resolve and pin a version; a caller that goes away meanwhile leaves no pin behind."""
-        future = self._executor.submit(self._registry.acquire, name)
-        try:
-            return await asyncio.wrap_future(future)
-        except asyncio.CancelledError:
-            future.add_done_callback(self._release_result)
-            raise
-
-    def _release_result(self, acquired: Future[AdapterRecord]) -> None:
-        if not acquired.cancelled() and acquired.exception() is None:
-            self._registry.release(acquired.result().digest)
+    def _use(self, name: str) -> AbstractAsyncContextManager[AdapterRecord]:
+        return adapter_use(self._registry, name, self._executor)
 
     def _request(
         self, message: pb.GenerateRequest, record: AdapterRecord | None, deadline: float | None, request_id: str

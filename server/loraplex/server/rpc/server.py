@@ -79,7 +79,9 @@ class Server:
         """Set if the engine dies."""
         self._config = config
         self._parts = parts
-        parts.engine.on_failure = self._on_failure
+        parts.engine.on_failure = self.failed.set
+        if parts.engine.failed:  # before anybody listened
+            self.failed.set()
 
     @classmethod
     async def start(cls, config: ServerConfig) -> Server:
@@ -114,9 +116,6 @@ class Server:
         await parts.grpc_server.stop(1.0)
         await parts.cleanup.aclose()
 
-    def _on_failure(self) -> None:
-        self.failed.set()
-
 
 async def serve(config: ServerConfig, on_ready: Callable[[Server], None] = lambda _: None) -> None:
     """Serve until SIGINT or SIGTERM, then stop gracefully; a second signal stops at once.
@@ -132,9 +131,10 @@ async def serve(config: ServerConfig, on_ready: Callable[[Server], None] = lambd
     def on_signal() -> None:
         (stop_now if stop_soon.is_set() else stop_soon).set()
 
+    server = await Server.start(config)
+    # Not before: until there is something to finish, a signal ends the process as usual.
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, on_signal)
-    server = await Server.start(config)
     on_ready(server)
     await _first(stop_soon.wait(), server.failed.wait())
     if not server.failed.is_set():
@@ -238,7 +238,7 @@ async def _assemble(
     )
     source = ExportSource(model.path, model.quantization)
     export_pb2_grpc.add_ExportServiceServicer_to_server(
-        ExportServicer(registry, source, config.export_root), grpc_server
+        ExportServicer(registry, source, config.export_root, administration), grpc_server
     )
     server_pb2_grpc.add_ServerServiceServicer_to_server(ServerServicer(server_info(config, model, limits)), grpc_server)
     health_pb2_grpc.add_HealthServicer_to_server(health, grpc_server)
