@@ -2,8 +2,8 @@
 
 One line is the work of all 30 layers in one decode step, each layer with weights and cache of its own, so that they
 come from memory as they do when serving. "in step" is the same between the base model's float32 matrix products,
-those products taken off: what waking threads and displacing each other's data costs is in it. GB/s counts each
-adapter once a step.
+those products taken off: what waking threads and displacing each other's data costs is in it. "torch" is a loop
+over segments, or torch's fused attention over a dense float32 cache. GB/s counts each adapter once a step.
 """
 
 from __future__ import annotations

@@ -66,15 +66,14 @@ def _answers(model: Any, folder: str | Path, prompts: Sequence[str], max_tokens:
     import torch
     from transformers import AutoTokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    texts = []
-    for prompt in prompts:
-        messages = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
-        with torch.inference_mode():
-            tokens = model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False)
-        new = tokens[0, inputs["input_ids"].shape[1] :]
-        texts.append(str(tokenizer.decode(new, skip_special_tokens=True)))
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    inputs = tokenizer.apply_chat_template(
+        chats, add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt"
+    )
+    with torch.inference_mode():
+        tokens = model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False)
+    texts: list[str] = tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return texts
 
 

@@ -24,11 +24,11 @@ from loraplex.cli.output import to_stdout
 from loraplex.client import AsyncClient, Client, MergeBase
 
 QUANTIZATION = "nf4"
-ANSWER_TOKENS = 40
+ANSWER_TOKENS = 32
 LOAD = Workload(
     concurrency=16,
-    requests=32,
-    max_tokens=32,
+    requests=24,
+    max_tokens=24,
     adapters=(*demo_cases.AT_START, BASE),
     assignment=Assignment.ROUND_ROBIN,
 )

@@ -63,6 +63,7 @@ class Engine:
         self._wake = threading.Event()
         self._active: dict[str, ActiveRequest] = {}
         self._outputs: list[RequestOutput] = []
+        self._slots_revision = -1  # so that the first step reports
         self._stopped = False
 
     @property
@@ -102,8 +103,7 @@ class Engine:
         """Do one step; return False if there was nothing to run (no request, or all wait for their adapters)."""
         start = time.monotonic()
         self._drain_commands()
-        if self._parts.slots.poll():
-            self._observer.on_slots(self._parts.slots.stats)
+        self._parts.slots.poll()
         self._expire(start)
         plan = self._parts.scheduler.schedule(start)
         for seq, error in plan.failed:
@@ -113,6 +113,7 @@ class Engine:
         else:
             scheduler = self._parts.scheduler
             self._observer.on_queue(len(scheduler.running), scheduler.num_waiting, self._parts.blocks.usage)
+        self._report_slots()
         self._flush()
         return bool(plan.scheduled)
 
@@ -133,7 +134,6 @@ class Engine:
                     self._parts.slots.unpin(digest)
                 case ForgetAdapter(digest):
                     self._parts.slots.forget(digest)
-                    self._observer.on_slots(self._parts.slots.stats)
                 case Stop():
                     self._stop()
                     return
@@ -243,6 +243,12 @@ class Engine:
     def _fail_step(self, plan: StepPlan, error: EngineError) -> None:
         for request_id in {item.seq.request.request_id for item in plan.scheduled}:
             self._fail(self._active[request_id], error)
+
+    def _report_slots(self) -> None:
+        slots = self._parts.slots
+        if slots.revision != self._slots_revision:
+            self._slots_revision = slots.revision
+            self._observer.on_slots(slots.stats)
 
     def _flush(self) -> None:
         if self._outputs:

@@ -66,6 +66,8 @@ class SlotPool:
         self._loads = 0
         self._evictions = 0
         self._next_slot = 0
+        self.revision = 0
+        """Changes whenever an adapter comes or goes."""
 
     @property
     def slots(self) -> Mapping[int, PackedAdapter]:
@@ -232,6 +234,7 @@ class SlotPool:
         self._by_slot[self._next_slot] = packed
         self._next_slot += 1
         self._loads += 1
+        self.revision += 1
         return Residency.RESIDENT
 
     def _make_room(self, nbytes: int) -> bool:
@@ -253,3 +256,4 @@ class SlotPool:
 
     def _drop(self, digest: str) -> None:
         del self._by_slot[self._entries.pop(digest).slot]
+        self.revision += 1

@@ -17,8 +17,8 @@ from loraplex.server.lora.weights import PackedAdapter, SliceWeights
 from loraplex.server.native.team import Kernel
 
 # Tokens times rank of a segment up to which the kernel beats torch's matrix products, whose calls cost more than they
-# compute. Measured over 30 layers, two segments, two threads: rank 64, 16 tokens 47 ms against 66, 32 tokens 105
-# against 88; rank 8, 128 tokens 55 against 93.
+# compute. Measured over 30 layers, two segments, two threads: rank 64 with 16 tokens 47 ms against 66, with 32 tokens
+# 105 against 88; rank 8 with 128 tokens 55 against 93.
 MAX_KERNEL_WORK = 1024
 # The same sum over all segments from which on a second thread pays for being called.
 MIN_PARALLEL_WORK = 24
