@@ -25,7 +25,7 @@ demo: $(RUN_READY) ## Serve three trained adapters from one NF4 model, add a fou
 	$(BIN)/loraplex demo $(ARGS)
 
 serve: $(RUN_READY) ## Serve the demo model with the example adapters on 127.0.0.1:50051 (metrics on :8000)
-	$(BIN)/loraplex serve --model demo --adapters adapters/examples $(ARGS)
+	$(BIN)/loraplex serve --model demo --quantization nf4 --adapters adapters/examples $(ARGS)
 
 bench: $(RUN_READY) ## Measure the reference workload W16 from outside, on a server of its own
 	$(BIN)/loraplex bench w16 $(ARGS)
