@@ -187,7 +187,7 @@ def test_decode_rows_and_chunks_in_one_batch(
     assert_same_as_reference(problem(MIXED, shape, activations, cached), params)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_any_batch(data: st.DataObject) -> None:
     draw = data.draw

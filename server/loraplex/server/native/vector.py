@@ -31,15 +31,20 @@ def compiled_without_nan(function: _Function) -> _Function:
     return _compile(function, {"reassoc", "contract", "nsz", "nnan"})
 
 
-def compiled_in_order(function: _Function) -> _Function:
-    """Compile without leave to reorder anything."""
-    return _compile(function, {"contract"})
+def _inlined(function: _Function) -> _Function:
+    """As `compiled`, and always made part of the caller: for what is called for every few numbers."""
+    return _compile(function, {"reassoc", "contract", "nsz"}, forceinline=True)
 
 
-def _compile(function: _Function, fastmath: set[str]) -> _Function:
+def _inlined_in_order(function: _Function) -> _Function:
+    """As `_inlined`, without leave to reorder anything."""
+    return _compile(function, {"contract"}, forceinline=True)
+
+
+def _compile(function: _Function, fastmath: set[str], *, forceinline: bool = False) -> _Function:
     """Compile for use by other compiled code only: without the wrappers for Python this takes half the time."""
     jit: Any = njit
-    options = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True, "forceinline": True}
+    options = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True, "forceinline": forceinline}
     return cast(_Function, jit(fastmath=fastmath, **options)(function))
 
 
@@ -50,7 +55,7 @@ _EXP_MIN = np.float32(-87.0)
 _EXP_MAX = np.float32(88.0)
 
 
-@compiled
+@_inlined
 def dot(w: Pointer, row: int, x: Pointer, at: int, n: int) -> Float32:
     """Return w[row:] . x[at:] over n elements."""
     a = b = c = d = splat(np.float32(0))
@@ -72,7 +77,7 @@ def dot(w: Pointer, row: int, x: Pointer, at: int, n: int) -> Float32:
     return s
 
 
-@compiled
+@_inlined
 def dot4(w: Pointer, row: int, x: Pointer, at: int, stride: int, n: int) -> tuple[Float32, Float32, Float32, Float32]:
     """Return the dot products of one row of `w` with four rows of `x`; each `w` is read and widened once."""
     second, third, fourth = at + stride, at + 2 * stride, at + 3 * stride
@@ -96,7 +101,7 @@ def dot4(w: Pointer, row: int, x: Pointer, at: int, stride: int, n: int) -> tupl
     return s0, s1, s2, s3
 
 
-@compiled
+@_inlined
 def axpy(w: Pointer, row: int, h: Float32, sums: Pointer, at: int, n: int) -> None:
     """Add h * w[row:] to sums[at:] over n elements."""
     factor, i = splat(h), 0
@@ -108,7 +113,7 @@ def axpy(w: Pointer, row: int, h: Float32, sums: Pointer, at: int, n: int) -> No
         i += 1
 
 
-@compiled
+@_inlined
 def axpy4(w: Pointer, row: int, h: tuple[Float32, ...], sums: Pointer, at: int, stride: int, n: int) -> None:
     """Add h[k] * w[row:] to four rows of `sums`; each `w` is read and widened once."""
     second, third, fourth = at + stride, at + 2 * stride, at + 3 * stride
@@ -130,7 +135,7 @@ def axpy4(w: Pointer, row: int, h: tuple[Float32, ...], sums: Pointer, at: int, 
         i += 1
 
 
-@compiled
+@_inlined
 def weighted_rows(
     w: Pointer, row: int, stride: int, h: Pointer, h_at: int, rows: int, sums: Pointer, at: int, n: int
 ) -> None:
@@ -158,21 +163,21 @@ def weighted_rows(
             axpy(w, row + j * stride + i, h[h_at + j], sums, at + i, n - i)
 
 
-@compiled
+@_inlined
 def fill(x: Pointer, at: int, value: Float32, n: int) -> None:
     """Set n elements."""
     for i in range(n):
         x[at + i] = value
 
 
-@compiled
+@_inlined
 def copy_scaled(source: Pointer, at: int, factor: Float32, to: Pointer, to_at: int, n: int) -> None:
     """Set to[to_at:] = factor * source[at:] over n elements, each side float32 or bfloat16."""
     for i in range(n):
         to[to_at + i] = narrow(widen(source[at + i]) * factor, to[to_at + i])
 
 
-@compiled_in_order
+@_inlined_in_order
 def exp(x: Float32) -> Float32:
     """Return e**x in float32 to about two units in the last place; Cephes' polynomial, without branches or calls.
 
@@ -191,7 +196,7 @@ def exp(x: Float32) -> Float32:
     return p * bits_to_f32((np.int32(n) + np.int32(127)) << np.int32(23))
 
 
-@compiled_in_order
+@_inlined_in_order
 def tanh(x: Float32) -> Float32:
     """Return the hyperbolic tangent in float32; Cephes' polynomial where 1 - 2 / (e**2x + 1) would cancel."""
     square = x * x
