@@ -21,7 +21,7 @@ def test_merged_model_answers_like_the_adapter(
     progress = list(client.merge_adapter("alpha", "merged"))
     assert progress[-1].output_path == str(server.folders.export / "merged")
     assert progress[-1].adapter_digest == client.get_adapter("alpha").digest
-    assert progress[-1].modules_done == progress[-1].modules_total > 0
+    assert progress[-1].tensors_done == progress[-1].tensors_total > 0
     folder = Path(progress[-1].output_path)
     assert not list(folder.glob("adapter_*"))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

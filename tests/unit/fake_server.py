@@ -151,9 +151,9 @@ DEFAULTS: dict[str, Behaviour] = {
     ),
     "MergeAdapter": answer(
         [
-            export_pb2.MergeAdapterResponse(modules_done=1, modules_total=2),
+            export_pb2.MergeAdapterResponse(tensors_done=1, tensors_total=2),
             export_pb2.MergeAdapterResponse(
-                modules_done=2, modules_total=2, output_path="/exports/m", adapter_digest=DIGEST
+                tensors_done=2, tensors_total=2, output_path="/exports/m", adapter_digest=DIGEST
             ),
         ]
     ),

@@ -156,7 +156,7 @@ async def test_merge(both: Both, server: FakeServer) -> None:
 
 
 async def test_a_merge_that_ends_early_has_no_result(both: Both, server: FakeServer) -> None:
-    server.script["MergeAdapter"].append(answer([export_pb2.MergeAdapterResponse(modules_done=1, modules_total=2)]))
+    server.script["MergeAdapter"].append(answer([export_pb2.MergeAdapterResponse(tensors_done=1, tensors_total=2)]))
     with pytest.raises(InternalError, match="without saying"):
         await both.finish(both.client.merge_adapter("a", "out"), "result")
 

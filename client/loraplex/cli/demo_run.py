@@ -195,7 +195,7 @@ def _merge(record: Record, server: ServerProcess, prompts: Sequence[str]) -> lis
         with rate_bar(record.console) as bar:
             task = bar.add_task("merging and writing", total=None)
             for progress in client.merge_adapter(MERGED, MERGED, base=MergeBase.DEQUANTIZED):
-                bar.update(task, completed=progress.modules_done, total=progress.modules_total)
+                bar.update(task, completed=progress.tensors_done, total=progress.tensors_total)
     return [generation.text for generation in served]
 
 

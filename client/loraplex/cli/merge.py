@@ -71,5 +71,5 @@ def _merge_there(server: str, adapter: str, output: Path, base: str, scale: floa
         client.merge_adapter(adapter, output, base=base, scale=scale) as stream,
     ):
         for progress in stream:
-            bar.update(task, completed=progress.modules_done, total=progress.modules_total)
+            bar.update(task, completed=progress.tensors_done, total=progress.tensors_total)
         return stream.result().output_path

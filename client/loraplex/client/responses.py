@@ -168,7 +168,7 @@ def bind_report(message: adapter_pb2.GetBindReportResponse) -> BindReport:
 
 def merge_progress(message: export_pb2.MergeAdapterResponse) -> MergeProgress:
     """Return one message of a merge."""
-    return MergeProgress(message.modules_done, message.modules_total, message.output_path, message.adapter_digest)
+    return MergeProgress(message.tensors_done, message.tensors_total, message.output_path, message.adapter_digest)
 
 
 def server_info(message: server_pb2.GetServerInfoResponse) -> ServerInfo:

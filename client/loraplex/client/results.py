@@ -168,8 +168,8 @@ class BindReport:
 class MergeProgress:
     """How far a merge is; `output_path` (on the server) and `adapter_digest` are set in the last one only."""
 
-    modules_done: int
-    modules_total: int
+    tensors_done: int
+    tensors_total: int
     output_path: str = ""
     adapter_digest: str = ""
 

@@ -75,26 +75,27 @@ Global___MergeAdapterRequest: _TypeAlias = MergeAdapterRequest  # noqa: Y015
 class MergeAdapterResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    MODULES_DONE_FIELD_NUMBER: _builtins.int
-    MODULES_TOTAL_FIELD_NUMBER: _builtins.int
+    TENSORS_DONE_FIELD_NUMBER: _builtins.int
+    TENSORS_TOTAL_FIELD_NUMBER: _builtins.int
     OUTPUT_PATH_FIELD_NUMBER: _builtins.int
     ADAPTER_DIGEST_FIELD_NUMBER: _builtins.int
-    modules_done: _builtins.int
-    modules_total: _builtins.int
+    tensors_done: _builtins.int
+    """Tensors written so far, and how many there are."""
+    tensors_total: _builtins.int
     output_path: _builtins.str
     """Only in the last message: the folder that was written."""
     adapter_digest: _builtins.str
     def __init__(
         self,
         *,
-        modules_done: _builtins.int = ...,
-        modules_total: _builtins.int = ...,
+        tensors_done: _builtins.int = ...,
+        tensors_total: _builtins.int = ...,
         output_path: _builtins.str = ...,
         adapter_digest: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_digest", b"adapter_digest", "modules_done", b"modules_done", "modules_total", b"modules_total", "output_path", b"output_path"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_digest", b"adapter_digest", "output_path", b"output_path", "tensors_done", b"tensors_done", "tensors_total", b"tensors_total"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

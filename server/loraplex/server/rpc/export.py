@@ -88,9 +88,9 @@ class ExportServicer(export_pb2_grpc.ExportServiceServicer):
             done = total = 0
             async with self._busy, aclosing(_run_job(job)) as progress:
                 async for done, total in progress:
-                    yield pb.MergeAdapterResponse(modules_done=done, modules_total=total)
+                    yield pb.MergeAdapterResponse(tensors_done=done, tensors_total=total)
             yield pb.MergeAdapterResponse(
-                modules_done=done, modules_total=total, output_path=str(output), adapter_digest=record.digest
+                tensors_done=done, tensors_total=total, output_path=str(output), adapter_digest=record.digest
             )
 
     def _output(self, relative: str) -> Path:
@@ -114,7 +114,7 @@ class ExportServicer(export_pb2_grpc.ExportServiceServicer):
 
 
 async def _run_job(job: dict[str, Any]) -> AsyncGenerator[tuple[int, int], None]:
-    """Run the merge process; yield (modules done, modules in all).
+    """Run the merge process; yield (tensors written, tensors in all).
 
     Raises:
         LoraplexError: what the process reports.
