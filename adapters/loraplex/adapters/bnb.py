@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 from collections.abc import Iterator
@@ -85,5 +86,11 @@ def round_trip(weight: torch.Tensor, quantization: str) -> torch.Tensor:
     packed, state = functional.quantize_4bit(
         source, blocksize=BLOCK_SIZE, compress_statistics=True, quant_type=quantization
     )
-    unpacked: torch.Tensor = functional.dequantize_4bit(packed, state)
-    return unpacked
+    absmax = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    # One block a row: on CPUs with AVX512, bitsandbytes takes wrong scales where rows are not made of whole blocks.
+    shape = (len(absmax), BLOCK_SIZE)
+    codes = torch.nn.functional.pad(packed.view(-1), (0, math.prod(shape) // 2 - packed.numel())).view(shape[0], -1)
+    values: torch.Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
+        codes, absmax, BLOCK_SIZE, quantization, shape, torch.float32
+    )
+    return values.view(-1)[: weight.numel()].view(weight.shape)
