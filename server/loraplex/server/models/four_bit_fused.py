@@ -47,7 +47,8 @@ def unpack(packed: torch.Tensor) -> torch.Tensor:
     """Return the codes (out, in // 2) that `repack` was given."""
     even, odd = packed[..., 0::2], packed[..., 1::2]
     rows = torch.cat([even << 4 | odd & 0xF, even & 0xF0 | odd >> 4], dim=-1)
-    return rows.transpose(1, 2).reshape(-1, packed.shape[1])
+    # A single group of outputs would come back as a transposed view, which bitsandbytes reads as if it were not one.
+    return rows.transpose(1, 2).reshape(-1, packed.shape[1]).contiguous()
 
 
 def fits(matrix: FourBitMatrix) -> bool:
@@ -56,7 +57,7 @@ def fits(matrix: FourBitMatrix) -> bool:
 
 
 class FusedFourBitLinear(Linear):
-    """Multiplies bfloat16 activations with 4-bit weights, accumulating in float32."""
+    """Multiplies activations, rounded to bfloat16, with 4-bit weights, accumulating in float32."""
 
     def __init__(self, matrix: FourBitMatrix, product: FusedProduct | None = None) -> None:
         """Take a matrix that `fits`; `product` replaces bitsandbytes' kernel."""
