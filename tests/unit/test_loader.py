@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loraplex.server.errors import ModelLoadError
+from loraplex.server.models import linear
 from loraplex.server.models.compute_dtype import compute_dtype
 from loraplex.server.models.families import FAMILIES
 from loraplex.server.models.loader import LoadedModel, load_model
@@ -277,12 +278,18 @@ def test_tied_embeddings_need_one_matrix(folder: Path) -> None:
     assert torch.equal(weights_of(load(folder)), tensors["model.embed_tokens.weight"])
 
 
-def test_tied_embeddings_are_counted_once(folder: Path) -> None:
-    # As they are where nothing rearranges them: bfloat16 computed in bfloat16.
-    apart = load_model(str(folder), dtype="bfloat16").weight_bytes
+def test_tied_embeddings_are_counted_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As they are where nothing rearranges them: float32 without oneDNN.
+    monkeypatch.setattr(linear, "_can_prepack", lambda: False)
+    apart = load(folder).weight_bytes
     edit_config(folder, tie_word_embeddings=True)
     edit_tensors(folder, lambda t: t.pop("lm_head.weight"))
-    assert load_model(str(folder), dtype="bfloat16").weight_bytes == apart - 2 * 40 * 16
+    assert load(folder).weight_bytes == apart - 4 * 40 * 16
+    # bfloat16 is looked up in, but the logits come from a float32 copy.
+    as_bf16 = load_model(str(folder), dtype="bfloat16").weight_bytes
+    edit_config(folder, tie_word_embeddings=False)
+    edit_tensors(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}))
+    assert load_model(str(folder), dtype="bfloat16").weight_bytes == as_bf16
 
 
 def test_names_without_the_model_prefix(folder: Path) -> None:

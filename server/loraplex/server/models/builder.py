@@ -49,13 +49,18 @@ class DecoderBuilder:
         names: Collection[str],
         pack: Pack,
         dtype: torch.dtype,
+        activations: torch.dtype,
         device: torch.device,
     ) -> None:
-        """Expect the tensors `names`, which `match_tensors` has found to be all that are needed."""
+        """Expect the tensors `names`, which `match_tensors` has found to be all that are needed.
+
+        `dtype` is that of the embedding, `activations` that of what flows between the products.
+        """
         self._config = config
         self._layout = layout
         self._pack = pack
         self._dtype = dtype
+        self._activations = activations
         self._device = device
         self._site_of = {module.name: index for index, linear in enumerate(layout.linears) for module in linear.modules}
         self._places = {name: place for name in names if (place := self._place(name)) is not None}
@@ -117,18 +122,18 @@ class DecoderBuilder:
         embedding = self._vectors[self._layout.embedding]
         parts = DecoderParts(
             embedding=embedding,
-            positions=self._vectors[positions].to(self._dtype) if positions else None,
-            rotary=Rotary(rope, self._dtype, self._device) if rope else None,
+            positions=self._vectors[positions].to(self._activations) if positions else None,
+            rotary=Rotary(rope, self._activations, self._device) if rope else None,
             layers=tuple(self._layer(index, names) for index, names in enumerate(self._layout.layers)),
             final_norm=self._norm(self._layout.final_norm),
             lm_head=self._linears[len(self._layout.linears) - 1],
         )
         self.weight_bytes = sum(linear.nbytes for linear in self._linears.values())
         self.weight_bytes += sum(vector.nbytes for vector in self._vectors.values())
-        if tied and isinstance(parts.lm_head, DenseLinear) and embedding.dtype == self._dtype:
+        if tied and isinstance(parts.lm_head, DenseLinear) and embedding.dtype == self._activations:
             self.weight_bytes -= embedding.nbytes  # the same memory
         sites = [linear.site for linear in self._layout.linears]
-        return Decoder(self._config, parts, sites, attention, self._dtype)
+        return Decoder(self._config, parts, sites, attention, self._activations)
 
     def _make_embeddings(self) -> bool:
         """Settle the embedding matrix and make lm_head; return whether lm_head is made of the same tensor."""
@@ -172,16 +177,16 @@ class DecoderBuilder:
     def _projection(self, site: int) -> Projection:
         modules = self._layout.linears[site].modules
         biases = [self._vectors[f"{module.name}.bias"] for module in modules if module.bias]
-        return Projection(self._linears[site], torch.cat(biases).to(self._dtype) if biases else None, site)
+        return Projection(self._linears[site], torch.cat(biases).to(self._activations) if biases else None, site)
 
     def _norm(self, name: str) -> Norm:
         weight, bias = self._vectors[f"{name}.weight"], self._vectors.get(f"{name}.bias")
-        return make_norm(self._config.norm, self._config.norm_eps, weight, bias, self._dtype)
+        return make_norm(self._config.norm, self._config.norm_eps, weight, bias, self._activations)
 
     def _qk_norm(self, names: LayerVectors) -> Norm | None:
         """Return one norm for the heads of q and k together: a row of weights per head."""
         if names.q_norm is None or names.k_norm is None:
             return None
-        q, k = (self._vectors[f"{name}.weight"].to(self._dtype) for name in (names.q_norm, names.k_norm))
+        q, k = (self._vectors[f"{name}.weight"].to(self._activations) for name in (names.q_norm, names.k_norm))
         rows = [q] * self._config.num_heads + [k] * self._config.num_kv_heads
         return RmsNorm(torch.stack(rows), self._config.norm_eps)

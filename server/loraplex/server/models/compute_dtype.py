@@ -1,4 +1,4 @@
-"""Which number type activations are computed in."""
+"""Which number types a model is computed in."""
 
 from __future__ import annotations
 
@@ -30,6 +30,15 @@ def compute_dtype(name: str, device: torch.device, cpu_info: Path = _CPU_INFO) -
     if device.type == "cpu" and name == "float16":
         raise ModelLoadError("float16 needs a GPU; on a CPU use bfloat16 or float32")
     return _NAMES[name]
+
+
+def activation_dtype(compute: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the dtype of what flows between the products, which multiply in `compute`.
+
+    Rounding the residual stream to bfloat16 after every layer does more harm than rounding the products' inputs: a mean
+    KL of 2e-3 nats from exact NF4 against 7e-4 (SmolLM2). On a CPU float32 here is 2 ms of a step of 16 rows.
+    """
+    return torch.float32 if device.type == "cpu" else compute
 
 
 def _cpu_has_bf16(cpu_info: Path) -> bool:

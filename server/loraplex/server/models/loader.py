@@ -17,7 +17,7 @@ from loraplex.server.attention.interface import make_attention
 from loraplex.server.errors import ModelLoadError
 from loraplex.server.models.builder import DecoderBuilder, Pack, StoredWeight
 from loraplex.server.models.checkpoint import Checkpoint
-from loraplex.server.models.compute_dtype import compute_dtype
+from loraplex.server.models.compute_dtype import activation_dtype, compute_dtype
 from loraplex.server.models.config import DecoderConfig
 from loraplex.server.models.config_reader import ConfigReader, read_json
 from loraplex.server.models.decoder import Decoder
@@ -47,7 +47,7 @@ class LoadedModel:
         path: the local Hugging Face folder, where the tokenizer is.
         max_model_len: tokens of prompt and output together that it can take.
         eos_token_ids: tokens that end an answer.
-        dtype: of activations; `quantization` of the layers' weights.
+        dtype: of embedding, KV cache and adapters; `quantization` of the layers' weights.
         weight_bytes: memory that the weights take.
     """
 
@@ -82,7 +82,8 @@ def load_model(
     Args:
         model: where it is.
         quantization: "none", "nf4", "fp4" or "int8".
-        dtype: of activations: "auto", "float32", "bfloat16" or "float16".
+        dtype: "auto", "float32", "bfloat16" or "float16": what products are computed in and the KV cache is kept in.
+            On a CPU the activations between products stay float32, which costs little there.
         device: as torch names it.
         weight_execution: how quantized weights are multiplied on a CPU; see `ModelConfig`.
         max_model_len: the context asked for; 0 is the model's usual one. A longrope model (Phi-3) has other frequencies
@@ -104,7 +105,7 @@ def load_model(
     pack = _packer(layout, kind, prequantized, compute, target, weight_execution)
     checkpoint = Checkpoint.open(path)
     names = match_tensors(checkpoint.tensors, layout, config)
-    builder = DecoderBuilder(config, layout, names.values(), pack, compute, target)
+    builder = DecoderBuilder(config, layout, names.values(), pack, compute, activation_dtype(compute, target), target)
     fingerprint = _read(checkpoint, names, config, builder, progress)
     decoder = builder.build(make_attention(target))
     return LoadedModel(
@@ -134,8 +135,11 @@ def _packer(
         if any(len(weight) > 1 for weight in weights):
             return from_prequantized(weights, dtype, device, execution)
         matrices = [weight["weight"] for weight in weights]
-        plain = site == LM_HEAD or prequantized  # what bitsandbytes left alone
-        return make_linear(matrices, "none" if plain else kind, dtype, device, execution)
+        if site == LM_HEAD:
+            # In bfloat16, logits of 16 to 32 lie 0.125 apart, and the best two would often be equal.
+            return make_linear(matrices, "none", activation_dtype(dtype, device), device)
+        # An unquantized layer of a quantized checkpoint was left alone on purpose.
+        return make_linear(matrices, "none" if prequantized else kind, dtype, device, execution)
 
     return pack
 

@@ -2,11 +2,11 @@
 
 bitsandbytes defines what quantized weights stand for, and it is imported only where there are some.
 
-| quantization | CPU, float32            | CPU, bfloat16                 | GPU                               |
-|--------------|-------------------------|-------------------------------|-----------------------------------|
-| none         | oneDNN's blocked layout | torch                         | torch                             |
-| nf4, fp4     | exact: dequantized      | fused kernel, or exact        | bitsandbytes' kernels             |
-| int8         | exact: dequantized      | 8-bit activations, or exact   | 8-bit activations; float32: exact |
+| quantization | CPU, float32            | CPU, bfloat16                   | GPU                               |
+|--------------|-------------------------|---------------------------------|-----------------------------------|
+| none         | oneDNN's blocked layout | torch                           | torch                             |
+| nf4, fp4     | exact: dequantized      | fused kernel, or exact          | bitsandbytes' kernels             |
+| int8         | exact: dequantized      | 2 x 8-bit activations, or exact | 8-bit activations; float32: exact |
 """
 
 from __future__ import annotations
