@@ -30,8 +30,8 @@ def quantized_checkpoint(name: str, kind: str, folder: Path) -> PreTrainedModel:
     """Write a quantized tiny model to `folder`, and return it as transformers has it."""
     import_bitsandbytes()
     (tiny,) = (tiny for tiny in TINY_MODELS if tiny.name == name)
-    # Wide enough for whole blocks of 64 weights in the rows of most modules. With AVX512 of all: there bitsandbytes, and
-    # with it transformers, takes wrong scales for the others.
+    # Wide enough for whole blocks of 64 weights in the rows of most modules. With AVX512, of all: there bitsandbytes,
+    # and with it transformers, takes wrong scales for the others.
     wide = 128 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 96
     width = {"n_embd": 64} if tiny.model_type == "gpt2" else {"hidden_size": 64, "intermediate_size": wide}
     plain = folder.parent / "plain"
@@ -93,8 +93,6 @@ def test_quantized_weights_of_another_size_are_named(tmp_path: Path) -> None:
     name = "model.layers.1.mlp.down_proj"
     shorter = {f"{name}.{part}": tensors[f"{name}.{part}"][:-1].clone() for part in ("weight", "SCB")}
     save_file({**tensors, **shorter}, folder / "model.safetensors")
-    with pytest.raises(
-        ModelLoadError,
-        match=rf"{name} are for {config['intermediate_size']} inputs and {config['hidden_size'] - 1} outputs",
-    ):
+    inputs, outputs = config["intermediate_size"], config["hidden_size"] - 1
+    with pytest.raises(ModelLoadError, match=rf"{name} are for {inputs} inputs and {outputs} outputs"):
         load_model(str(folder))

@@ -1,10 +1,11 @@
 """8-bit weights as bitsandbytes stores them (LLM.int8()): codes from -127 to 127, one scale for each output.
 
-The weights stand for codes * scale / 127, and the product is defined with these values and unquantized activations. Where
-activations are quantized too, each row goes by its own largest value. One step of 8 bits for a whole row loses what lies
-beside an outlier (SmolLM2: a mean KL of 0.08 nats), so CPUs with VNNI get a second 8 bits for what the first ones leave
-over: 20 % slower at 16 rows, and 3e-6 nats. GPUs do with one. LLM.int8()'s outlier columns are left out (its threshold is 0): which columns count as outliers
-would depend on all rows of a batch, so that a request's neighbours would change its result.
+The weights stand for codes * scale / 127, and the product is defined with these values and unquantized activations.
+Where activations are quantized too, each row goes by its own largest value. One step of 8 bits for a whole row loses
+what lies beside an outlier (SmolLM2: a mean KL of 0.08 nats), so CPUs with VNNI get a second 8 bits for what the first
+ones leave over: 20 % slower at 16 rows, and 3e-6 nats. GPUs do with one. LLM.int8()'s outlier columns are left out (its
+threshold is 0): which columns count as outliers would depend on all rows of a batch, so that a request's neighbours
+would change its result.
 """
 
 from __future__ import annotations
