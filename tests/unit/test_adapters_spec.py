@@ -176,6 +176,13 @@ def test_every_violation_is_reported_at_once() -> None:
     assert "and 1 more" in str(caught.value)
 
 
+@pytest.mark.parametrize("config", [{"target_modules": "(a|aa)+[^a]"}, {"rank_pattern": {"(a|aa)+[^a]": 8}}])
+def test_an_expression_that_never_ends_is_refused(config: dict[str, object]) -> None:
+    spec, module = parse(**config), "a" * 50
+    with pytest.raises(AdapterFormatError, match="takes too long to match"):
+        (spec.unmatched_targets([module], [module]), spec.rank_of(module))
+
+
 @pytest.mark.parametrize(
     "data",
     [

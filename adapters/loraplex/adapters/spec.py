@@ -6,6 +6,7 @@ mathematics and is not computed here. Knows nothing about tensors or base models
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -14,9 +15,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+import regex
+
 from loraplex.adapters.errors import AdapterFormatError, FieldViolation
 
 MAX_RANK = 65536
+# For one match; an honest one takes microseconds, and Python's own engine could not be stopped at all.
+_MATCH_TIMEOUT_S = 0.2
 
 # Keys that leave the result of a forward pass as it is: bookkeeping, training, or how the matrices were first filled.
 # fan_in_fan_out is among them because PEFT itself sets it from the type of the base's layer; ensure_weight_tying only
@@ -132,7 +137,7 @@ class AdapterSpec:
 def pattern_key(patterns: Iterable[str], module: str) -> str:
     """Return the first pattern that matches `module` from a dot to its end, or `module` (PEFT `get_pattern_key`)."""
     for pattern in patterns:
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if _matches(rf"(.*\.)?({pattern})", module):
             return pattern
     return module
 
@@ -140,8 +145,22 @@ def pattern_key(patterns: Iterable[str], module: str) -> str:
 def _selects(selector: tuple[str, ...] | str, module: str) -> bool:
     """PEFT's rule for target and exclude lists: a regex matches the whole path, a name its end at a dot."""
     if isinstance(selector, str):
-        return re.fullmatch(selector, module) is not None
+        return _matches(selector, module)
     return any(module == name or module.endswith(f".{name}") for name in selector)
+
+
+def _matches(pattern: str, module: str) -> bool:
+    try:
+        # Other threads go on meanwhile.
+        return _compiled(pattern).fullmatch(module, timeout=_MATCH_TIMEOUT_S, concurrent=True) is not None
+    except TimeoutError as error:
+        reason = f"the regular expression {pattern!r:.80} takes too long to match; use a simpler one"
+        raise AdapterFormatError.of("adapter_config.json", reason) from error
+
+
+@functools.lru_cache(maxsize=8192)  # EVA and AdaLoRA leave a pattern for each module
+def _compiled(pattern: str) -> regex.Pattern[str]:
+    return regex.compile(pattern)
 
 
 def parse_config(data: bytes) -> tuple[AdapterSpec, dict[str, Any]]:
@@ -235,7 +254,7 @@ class _Reader:
             self._refuse(key, f"must map module names or regular expressions to {kind}")
             return {}
         for pattern in value:
-            self._check_regex(key, pattern, rf"(.*\.)?({pattern})$")
+            self._check_regex(key, pattern, rf"(.*\.)?({pattern})")
         return value
 
     def _selector(self, key: str) -> tuple[str, ...] | str | None:
@@ -252,8 +271,9 @@ class _Reader:
 
     def _check_regex(self, key: str, pattern: str, used_as: str) -> None:
         try:
-            re.compile(used_as)
-        except (re.error, RecursionError) as error:
+            re.compile(used_as)  # what PEFT would do with it
+            _compiled(used_as)
+        except (re.error, regex.error, RecursionError) as error:
             self._refuse(key, f"{pattern!r:.80} is not a regular expression: {error}")
 
 
