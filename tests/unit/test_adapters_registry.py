@@ -6,6 +6,7 @@ import errno
 import sqlite3
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from loraplex.adapters.errors import (
 )
 from loraplex.adapters.formats import read_adapter
 from loraplex.adapters.registry import AdapterRegistry
+from loraplex.adapters.store import LocalBlobStore
 from tests.adapter_factory import tensors, tiny_base, write_adapter
 from tests.unit.conftest import blobs
 
@@ -79,6 +81,25 @@ def test_requests_in_flight_keep_their_version(registry: AdapterRegistry, source
         registry.load(digest)
     with pytest.raises(ValueError, match="more often than acquired"):
         registry.release(digest)
+
+
+def test_the_last_release_waits_for_no_registration(
+    registry: AdapterRegistry, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry.register("a", source / "one")
+    digest = registry.acquire("a").digest
+    registry.unregister("a")
+    put = LocalBlobStore.put
+
+    def release_meanwhile(store: LocalBlobStore, *args: Any, **options: Any) -> None:
+        registry.release(digest)
+        assert digest in blobs(tmp_path), "whoever writes deletes it, later"
+        put(store, *args, **options)
+
+    monkeypatch.setattr(LocalBlobStore, "put", release_meanwhile)
+    other = registry.register("b", source / "two").record.digest
+    assert blobs(tmp_path) == {other}
+    registry.check_integrity()
 
 
 def test_content_shared_by_two_names_stays_for_the_other(registry: AdapterRegistry, source: Path) -> None:

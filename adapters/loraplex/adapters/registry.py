@@ -11,7 +11,8 @@ from __future__ import annotations
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -62,6 +63,8 @@ class AdapterRegistry:
         self._lock = threading.Lock()
         self._writing = threading.Lock()
         self._active: Counter[str] = Counter()
+        self._garbage: set[str] = set()
+        """Released for the last time and perhaps without a name: for the next one who may write."""
         self._templates: dict[str, str | None] = {}
         self._owner = lock_folder(root)
         try:
@@ -114,7 +117,7 @@ class AdapterRegistry:
             InvalidRequestError: `name` is an alias.
             PreconditionError: aliases point at it.
         """
-        with self._writing:
+        with self._write():
             adapter = self._catalog.directory.adapter(name)
             aliases = self._catalog.directory.aliases_of.get(name)
             if aliases:
@@ -170,8 +173,9 @@ class AdapterRegistry:
             if idle:
                 del self._active[digest]
         if idle and digest not in self._catalog.directory.digests:
-            with self._writing:
-                self._collect((digest,))
+            with self._lock:
+                self._garbage.add(digest)
+            self._sweep()
 
     def load(self, digest: str) -> BoundAdapter:
         """Read the weights of `digest` from the store and check that they are what was registered.
@@ -244,7 +248,7 @@ class AdapterRegistry:
         Raises:
             NotFoundError: no adapter has that name.
         """
-        with self._writing:
+        with self._write():
             self._catalog.directory.adapter(name)
             if description is not None:
                 self._catalog.describe(name, description)
@@ -259,7 +263,7 @@ class AdapterRegistry:
             AlreadyExistsError: an adapter has the alias as its name.
         """
         check_name(alias, "alias")
-        with self._writing:
+        with self._write():
             self._catalog.directory.adapter(name)
             if alias in self._catalog.directory.names:
                 raise AlreadyExistsError(f"{alias} is the name of an adapter; choose another alias")
@@ -273,7 +277,7 @@ class AdapterRegistry:
         Raises:
             NotFoundError: there is no such alias.
         """
-        with self._writing:
+        with self._write():
             if alias not in self._catalog.directory.aliases:
                 known = ", ".join(sorted(self._catalog.directory.aliases)[:5]) or "none"
                 raise NotFoundError(f"there is no alias {alias!r:.140} (known: {known})")
@@ -289,13 +293,13 @@ class AdapterRegistry:
 
     def check_integrity(self) -> None:
         """Assert what always holds between calls: memory, catalog and store agree, and nothing is kept for nobody."""
-        with self._writing, self._lock:
+        with self._write(), self._lock:
             now = self._catalog.directory
             assert now == self._catalog.read()
             assert set(now.aliases.values()) <= set(now.names)
             assert not set(now.aliases) & set(now.names)
             assert all(count > 0 for count in self._active.values())
-            stored, needed = self._store.digests(), now.digests | set(self._active)
+            stored, needed = self._store.digests(), now.digests | set(self._active) | self._garbage
             assert stored <= needed
             assert needed - stored <= set(self._problems)
 
@@ -308,7 +312,7 @@ class AdapterRegistry:
         with self._intake.candidate(folder) as candidate:
             digest = candidate.version.digest
             damaged = self._intake.is_damaged(digest)
-            with self._writing:
+            with self._write():
                 if name in self._catalog.directory.aliases:
                     raise AlreadyExistsError(f"{name} is an alias; delete it first or choose another name")
                 known = self._catalog.directory.names.get(name)
@@ -324,6 +328,26 @@ class AdapterRegistry:
                     self._collect((digest,))
                 adapter = self._catalog.directory.names[name]
                 return Registration(self._record(adapter, adapter.current), known.current.digest if known else None)
+
+    @contextmanager
+    def _write(self) -> Iterator[None]:
+        """Hold `_writing`, and afterwards delete what became garbage meanwhile."""
+        try:
+            with self._writing:
+                yield
+        finally:
+            self._sweep()
+
+    def _sweep(self) -> None:
+        """Delete garbage unless somebody is writing, who will do it: a request's end waits for no registration."""
+        while self._garbage and self._writing.acquire(blocking=False):
+            try:
+                with self._lock:
+                    garbage = self._garbage
+                    self._garbage = set()
+                self._collect(garbage)
+            finally:
+                self._writing.release()
 
     def _collect(self, digests: Iterable[str]) -> None:
         """Delete the weights among `digests` that no name has and no request uses; the caller holds `_writing`."""
