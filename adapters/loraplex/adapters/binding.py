@@ -13,6 +13,7 @@ import torch
 
 from loraplex.adapters.errors import FieldViolation, PreconditionError
 from loraplex.adapters.formats import Adapter, LoraPair
+from loraplex.adapters.traits import AdapterTraits
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,9 @@ class BaseModel:
     """What an adapter needs to know of a base model.
 
     `modules` is keyed by the module's name. `conv1d` says that the checkpoint stores its projections as (in, out)
-    (GPT-2, PEFT's `fan_in_fan_out`); A and B have the usual shapes all the same.
+    (GPT-2, PEFT's `fan_in_fan_out`); A and B have the usual shapes all the same. `parameters` are the shapes of what is
+    no linear weight, by Hugging Face parameter name: embeddings, norms, biases. `embedding` is the input embedding's
+    parameter name; `tied` says that lm_head has the same matrix.
     """
 
     name: str
@@ -40,18 +43,27 @@ class BaseModel:
     fingerprint: str
     modules: Mapping[str, BaseModule]
     conv1d: bool = False
+    parameters: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    embedding: str = ""
+    tied: bool = False
 
 
 @dataclass(frozen=True)
 class ModuleWeights:
     """The LoRA matrices of one module as stored: source dtype, CPU, nothing folded in.
 
-    Shapes: `a` (r, in_features), `b` (out_features, r). The module adds `scaling * B A x`.
+    Semantics, with W and the bias of the base and s the request's `adapter_scale`:
+        y = W x + s * scaling * (B A x + lora_bias) + bias, or with a magnitude (DoRA, s = 1)
+        y = magnitude / ||W + scaling * B A|| * (W x + scaling * B A x) + bias, the norm over the inputs of each output.
+
+    Shapes: `a` (r, in_features), `b` (out_features, r), `magnitude` and `lora_bias` (out_features,).
     """
 
     a: torch.Tensor
     b: torch.Tensor
     scaling: float
+    magnitude: torch.Tensor | None = None
+    lora_bias: torch.Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -60,12 +72,42 @@ class ModuleWeights:
 
 
 @dataclass(frozen=True)
+class EmbeddingWeights:
+    """LoRA on the input embedding: token t adds `s * scaling * B a[:, t]`; `a` (r, vocab), `b` (hidden, r)."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scaling: float
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """Rows that take the place of some of a matrix's: `tokens` (n,) int64, ascending, and `rows` (n, hidden)."""
+
+    tokens: torch.Tensor
+    rows: torch.Tensor
+
+
+@dataclass(frozen=True)
 class BoundAdapter:
-    """An adapter whose every tensor belongs to a module of one base model."""
+    """An adapter whose every tensor belongs to a module of one base model.
+
+    Attributes:
+        modules: LoRA on linear modules, lm_head among them.
+        embedding: LoRA on the input embedding.
+        parameters: what takes the base's place whole, by Hugging Face parameter name: fully trained linear weights
+            (lm_head.weight), the embedding, norms, biases. A tied partner that changes with one is named too.
+        token_rows: rows that take the base's place, by parameter name: of the embedding, and of lm_head if it is tied.
+        traits: how it is to be used.
+    """
 
     digest: str
     modules: Mapping[str, ModuleWeights]
     chat_template: str | None = None
+    embedding: EmbeddingWeights | None = None
+    parameters: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    token_rows: Mapping[str, TokenRows] = field(default_factory=dict)
+    traits: AdapterTraits = field(default_factory=AdapterTraits)
 
     @property
     def nbytes(self) -> int:

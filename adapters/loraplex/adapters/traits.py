@@ -1,0 +1,33 @@
+"""What the server must know of an adapter version before its weights are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class AdapterTraits:
+    """How an adapter wants to be used; stored with its version.
+
+    Attributes:
+        kind: "lora", "dora" or "alora".
+        fixed_scale: whether it holds for its own scaling only, so that another `adapter_scale` is refused (DoRA).
+        invocation_tokens: where they last stand in a prompt, the adapter begins to act (aLoRA); empty: everywhere.
+    """
+
+    kind: str = "lora"
+    fixed_scale: bool = False
+    invocation_tokens: tuple[int, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values for the catalog."""
+        tokens = list(self.invocation_tokens)
+        return {"kind": self.kind, "fixed_scale": self.fixed_scale, "invocation_tokens": tokens}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> AdapterTraits:
+        """Undo `to_json`; what is missing takes its default."""
+        known = {**cls().to_json(), **values}
+        return cls(known["kind"], known["fixed_scale"], tuple(known["invocation_tokens"]))
