@@ -90,7 +90,7 @@ def round_trip(weight: torch.Tensor, quantization: str) -> torch.Tensor:
     # One block a row: on CPUs with AVX512, bitsandbytes takes wrong scales where rows are not made of whole blocks.
     shape = (len(absmax), BLOCK_SIZE)
     codes = torch.nn.functional.pad(packed.view(-1), (0, math.prod(shape) // 2 - packed.numel())).view(shape[0], -1)
-    values: torch.Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
+    blocks: torch.Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
         codes, absmax, BLOCK_SIZE, quantization, shape, torch.float32
     )
-    return values.view(-1)[: weight.numel()].view(weight.shape)
+    return blocks.view(-1)[: weight.numel()].view(weight.shape)
