@@ -137,7 +137,7 @@ DEFAULTS: dict[str, Behaviour] = {
     "UpdateAdapter": _one_adapter(adapter_pb2.UpdateAdapterResponse),
     "PinAdapter": _one_adapter(adapter_pb2.PinAdapterResponse),
     "UnpinAdapter": _one_adapter(adapter_pb2.UnpinAdapterResponse),
-    "SetAlias": answer(adapter_pb2.SetAliasResponse(previous_name="before")),
+    "SetAlias": answer(adapter_pb2.SetAliasResponse(previous_targets=[adapter_pb2.AliasTarget(name="before")])),
     "DeleteAlias": answer(adapter_pb2.DeleteAliasResponse()),
     "GetBindReport": answer(
         adapter_pb2.GetBindReportResponse(

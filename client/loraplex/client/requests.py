@@ -177,7 +177,7 @@ def unpin_adapter(name: str) -> Call[Adapter]:
 
 def set_alias(alias: str, name: str) -> Call[str]:
     """Return the call that points an alias at a name; its result is the name it pointed at before."""
-    request = adapter_pb2.SetAliasRequest(alias=alias, name=name)
+    request = adapter_pb2.SetAliasRequest(alias=alias, targets=[adapter_pb2.AliasTarget(name=name, weight=1)])
     return Call(lambda stubs: stubs.adapters.SetAlias, request, responses.previous_name, name)
 
 

@@ -151,7 +151,7 @@ def unregistration(message: adapter_pb2.UnregisterAdapterResponse) -> Unregistra
 
 def previous_name(message: adapter_pb2.SetAliasResponse) -> str:
     """Return what an alias pointed at before."""
-    return message.previous_name
+    return message.previous_targets[0].name if message.previous_targets else ""
 
 
 def nothing(message: adapter_pb2.DeleteAliasResponse) -> None:

@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from loraplex.v1 import generation_pb2 as _generation_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -34,6 +35,21 @@ class Adapter(_message.Message):
     PINNED_FIELD_NUMBER: _builtins.int
     ACTIVE_REQUESTS_FIELD_NUMBER: _builtins.int
     ALIASES_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    TAGS_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
+    DEFAULT_SAMPLING_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    HAS_CHAT_TEMPLATE_FIELD_NUMBER: _builtins.int
+    LAST_USE_TIME_FIELD_NUMBER: _builtins.int
+    REQUEST_COUNT_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    GENERATION_TOKENS_FIELD_NUMBER: _builtins.int
+    DEVICE_BYTES_FIELD_NUMBER: _builtins.int
+    HOST_BYTES_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
+    VERSIONS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     digest: _builtins.str
     """`sha256:...` over config, tensors and chat template."""
@@ -47,12 +63,42 @@ class Adapter(_message.Message):
     pinned: _builtins.bool
     active_requests: _builtins.int
     """Requests in flight that use this version."""
+    version: _builtins.int
+    """Counts the contents that the name has had, from 1; `name@2` selects the second."""
+    owner: _builtins.str
+    source: _builtins.str
+    """Where it was registered from: a folder, a URL, or "upload"."""
+    kind: _builtins.str
+    """"lora", "dora" or "alora"."""
+    has_chat_template: _builtins.bool
+    request_count: _builtins.int
+    prompt_tokens: _builtins.int
+    generation_tokens: _builtins.int
+    device_bytes: _builtins.int
+    """Bytes that it takes of the device's and the host's budget now."""
+    host_bytes: _builtins.int
+    problem: _builtins.str
+    """Empty, or why it cannot serve requests although it is registered."""
     @_builtins.property
     def target_modules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
     def aliases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def default_sampling(self) -> _generation_pb2.SamplingParameters:
+        """What a request that leaves a field unset gets."""
+
+    @_builtins.property
+    def last_use_time(self) -> _timestamp_pb2.Timestamp:
+        """Since the name was registered; kept over restarts."""
+
+    @_builtins.property
+    def versions(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterVersion]:
+        """Only in GetAdapter: all versions, the latest first."""
+
     def __init__(
         self,
         *,
@@ -67,14 +113,81 @@ class Adapter(_message.Message):
         pinned: _builtins.bool = ...,
         active_requests: _builtins.int = ...,
         aliases: _abc.Iterable[_builtins.str] | None = ...,
+        version: _builtins.int = ...,
+        tags: _abc.Iterable[_builtins.str] | None = ...,
+        owner: _builtins.str = ...,
+        default_sampling: _generation_pb2.SamplingParameters | None = ...,
+        source: _builtins.str = ...,
+        kind: _builtins.str = ...,
+        has_chat_template: _builtins.bool = ...,
+        last_use_time: _timestamp_pb2.Timestamp | None = ...,
+        request_count: _builtins.int = ...,
+        prompt_tokens: _builtins.int = ...,
+        generation_tokens: _builtins.int = ...,
+        device_bytes: _builtins.int = ...,
+        host_bytes: _builtins.int = ...,
+        problem: _builtins.str = ...,
+        versions: _abc.Iterable[Global___AdapterVersion] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "default_sampling", b"default_sampling", "last_use_time", b"last_use_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_requests", b"active_requests", "aliases", b"aliases", "create_time", b"create_time", "description", b"description", "digest", b"digest", "name", b"name", "pinned", b"pinned", "rank", b"rank", "resident", b"resident", "size_bytes", b"size_bytes", "target_modules", b"target_modules"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_requests", b"active_requests", "aliases", b"aliases", "create_time", b"create_time", "default_sampling", b"default_sampling", "description", b"description", "device_bytes", b"device_bytes", "digest", b"digest", "generation_tokens", b"generation_tokens", "has_chat_template", b"has_chat_template", "host_bytes", b"host_bytes", "kind", b"kind", "last_use_time", b"last_use_time", "name", b"name", "owner", b"owner", "pinned", b"pinned", "problem", b"problem", "prompt_tokens", b"prompt_tokens", "rank", b"rank", "request_count", b"request_count", "resident", b"resident", "size_bytes", b"size_bytes", "source", b"source", "tags", b"tags", "target_modules", b"target_modules", "version", b"version", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Adapter: _TypeAlias = Adapter  # noqa: Y015
+
+@_typing.final
+class AdapterVersion(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    digest: _builtins.str
+    size_bytes: _builtins.int
+    source: _builtins.str
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp: ...
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        digest: _builtins.str = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+        size_bytes: _builtins.int = ...,
+        source: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "digest", b"digest", "number", b"number", "size_bytes", b"size_bytes", "source", b"source"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdapterVersion: _TypeAlias = AdapterVersion  # noqa: Y015
+
+@_typing.final
+class Tags(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VALUES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        values: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["values", b"values"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Tags: _TypeAlias = Tags  # noqa: Y015
 
 @_typing.final
 class RegisterAdapterRequest(_message.Message):
@@ -83,20 +196,38 @@ class RegisterAdapterRequest(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     PATH_FIELD_NUMBER: _builtins.int
     DESCRIPTION_FIELD_NUMBER: _builtins.int
+    TAGS_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
+    DEFAULT_SAMPLING_FIELD_NUMBER: _builtins.int
+    EXPECTED_DIGEST_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     path: _builtins.str
-    """A folder on the server with adapter_config.json and adapter_model.safetensors."""
+    """A folder on the server with adapter_config.json and adapter_model.safetensors, or a URL (file://, hf://, s3://,
+    gs://) below what the server allows.
+    """
     description: _builtins.str
+    """Metadata that is not given stays as an earlier registration left it."""
+    owner: _builtins.str
+    expected_digest: _builtins.str
+    """If set, anything else than this digest is refused."""
+    @_builtins.property
+    def tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def default_sampling(self) -> _generation_pb2.SamplingParameters: ...
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         path: _builtins.str = ...,
         description: _builtins.str = ...,
+        tags: _abc.Iterable[_builtins.str] | None = ...,
+        owner: _builtins.str = ...,
+        default_sampling: _generation_pb2.SamplingParameters | None = ...,
+        expected_digest: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["default_sampling", b"default_sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "name", b"name", "path", b"path"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_sampling", b"default_sampling", "description", b"description", "expected_digest", b"expected_digest", "name", b"name", "owner", b"owner", "path", b"path", "tags", b"tags"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -159,20 +290,34 @@ class UploadHeader(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     DESCRIPTION_FIELD_NUMBER: _builtins.int
     FILES_FIELD_NUMBER: _builtins.int
+    TAGS_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
+    DEFAULT_SAMPLING_FIELD_NUMBER: _builtins.int
+    EXPECTED_DIGEST_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     description: _builtins.str
+    owner: _builtins.str
+    expected_digest: _builtins.str
     @_builtins.property
     def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___UploadFile]: ...
+    @_builtins.property
+    def tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def default_sampling(self) -> _generation_pb2.SamplingParameters: ...
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         description: _builtins.str = ...,
         files: _abc.Iterable[Global___UploadFile] | None = ...,
+        tags: _abc.Iterable[_builtins.str] | None = ...,
+        owner: _builtins.str = ...,
+        default_sampling: _generation_pb2.SamplingParameters | None = ...,
+        expected_digest: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["default_sampling", b"default_sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "files", b"files", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_sampling", b"default_sampling", "description", b"description", "expected_digest", b"expected_digest", "files", b"files", "name", b"name", "owner", b"owner", "tags", b"tags"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -252,11 +397,12 @@ class UploadAdapterResponse(_message.Message):
 Global___UploadAdapterResponse: _TypeAlias = UploadAdapterResponse  # noqa: Y015
 
 @_typing.final
-class UnregisterAdapterRequest(_message.Message):
+class DownloadAdapterRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
     name: _builtins.str
+    """A name, an alias, or either with a version."""
     def __init__(
         self,
         *,
@@ -268,6 +414,81 @@ class UnregisterAdapterRequest(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+Global___DownloadAdapterRequest: _TypeAlias = DownloadAdapterRequest  # noqa: Y015
+
+@_typing.final
+class DownloadHeader(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIGEST_FIELD_NUMBER: _builtins.int
+    FILES_FIELD_NUMBER: _builtins.int
+    digest: _builtins.str
+    @_builtins.property
+    def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___UploadFile]: ...
+    def __init__(
+        self,
+        *,
+        digest: _builtins.str = ...,
+        files: _abc.Iterable[Global___UploadFile] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "files", b"files"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DownloadHeader: _TypeAlias = DownloadHeader  # noqa: Y015
+
+@_typing.final
+class DownloadAdapterResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HEADER_FIELD_NUMBER: _builtins.int
+    CHUNK_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def header(self) -> Global___DownloadHeader: ...
+    @_builtins.property
+    def chunk(self) -> Global___UploadChunk: ...
+    def __init__(
+        self,
+        *,
+        header: Global___DownloadHeader | None = ...,
+        chunk: Global___UploadChunk | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "part", b"part"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "part", b"part"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["header", "chunk"]  # noqa: Y015
+    _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
+
+Global___DownloadAdapterResponse: _TypeAlias = DownloadAdapterResponse  # noqa: Y015
+
+@_typing.final
+class UnregisterAdapterRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    DRAIN_TIMEOUT_S_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """A name with all its versions, or `name@2` for one of several."""
+    drain_timeout_s: _builtins.float
+    """Wait at most this long for running requests before answering; the name is gone at once all the same."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        drain_timeout_s: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_drain_timeout_s", b"_drain_timeout_s", "drain_timeout_s", b"drain_timeout_s"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_drain_timeout_s", b"_drain_timeout_s", "drain_timeout_s", b"drain_timeout_s", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__drain_timeout_s: _TypeAlias = _typing.Literal["drain_timeout_s"]  # noqa: Y015
+    _WhichOneofArgType__drain_timeout_s: _TypeAlias = _typing.Literal["_drain_timeout_s", b"_drain_timeout_s"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__drain_timeout_s) -> _WhichOneofReturnType__drain_timeout_s | None: ...
+
 Global___UnregisterAdapterRequest: _TypeAlias = UnregisterAdapterRequest  # noqa: Y015
 
 @_typing.final
@@ -276,18 +497,28 @@ class UnregisterAdapterResponse(_message.Message):
 
     DIGEST_FIELD_NUMBER: _builtins.int
     ACTIVE_REQUESTS_FIELD_NUMBER: _builtins.int
+    DEVICE_BYTES_FREED_FIELD_NUMBER: _builtins.int
+    HOST_BYTES_FREED_FIELD_NUMBER: _builtins.int
+    DISK_BYTES_FREED_FIELD_NUMBER: _builtins.int
     digest: _builtins.str
     active_requests: _builtins.int
-    """Requests that were still running on it."""
+    """Requests that were still running on it when this was sent; what they hold comes free with them."""
+    device_bytes_freed: _builtins.int
+    """Bytes of the budgets that have come free: device memory, host memory, and on the disk."""
+    host_bytes_freed: _builtins.int
+    disk_bytes_freed: _builtins.int
     def __init__(
         self,
         *,
         digest: _builtins.str = ...,
         active_requests: _builtins.int = ...,
+        device_bytes_freed: _builtins.int = ...,
+        host_bytes_freed: _builtins.int = ...,
+        disk_bytes_freed: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_requests", b"active_requests", "digest", b"digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_requests", b"active_requests", "device_bytes_freed", b"device_bytes_freed", "digest", b"digest", "disk_bytes_freed", b"disk_bytes_freed", "host_bytes_freed", b"host_bytes_freed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -300,21 +531,31 @@ class ListAdaptersRequest(_message.Message):
     NAME_CONTAINS_FIELD_NUMBER: _builtins.int
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    TAGS_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
     name_contains: _builtins.str
     """Only names that contain this text."""
     page_size: _builtins.int
     """At most this many; 0 means 100."""
     page_token: _builtins.str
+    owner: _builtins.str
+    """Only this owner's."""
+    @_builtins.property
+    def tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Only those with all of these tags."""
+
     def __init__(
         self,
         *,
         name_contains: _builtins.str = ...,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
+        tags: _abc.Iterable[_builtins.str] | None = ...,
+        owner: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name_contains", b"name_contains", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name_contains", b"name_contains", "owner", b"owner", "page_size", b"page_size", "page_token", b"page_token", "tags", b"tags"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -389,21 +630,49 @@ class UpdateAdapterRequest(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     DESCRIPTION_FIELD_NUMBER: _builtins.int
+    TAGS_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
+    DEFAULT_SAMPLING_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     description: _builtins.str
+    owner: _builtins.str
+    @_builtins.property
+    def tags(self) -> Global___Tags:
+        """Replaces all tags."""
+
+    @_builtins.property
+    def default_sampling(self) -> _generation_pb2.SamplingParameters:
+        """Replaces all defaults."""
+
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         description: _builtins.str | None = ...,
+        tags: Global___Tags | None = ...,
+        owner: _builtins.str | None = ...,
+        default_sampling: _generation_pb2.SamplingParameters | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_description", b"_description", "description", b"description"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_default_sampling", b"_default_sampling", "_description", b"_description", "_owner", b"_owner", "_tags", b"_tags", "default_sampling", b"default_sampling", "description", b"description", "owner", b"owner", "tags", b"tags"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_description", b"_description", "description", b"description", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_default_sampling", b"_default_sampling", "_description", b"_description", "_owner", b"_owner", "_tags", b"_tags", "default_sampling", b"default_sampling", "description", b"description", "name", b"name", "owner", b"owner", "tags", b"tags"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__default_sampling: _TypeAlias = _typing.Literal["default_sampling"]  # noqa: Y015
+    _WhichOneofArgType__default_sampling: _TypeAlias = _typing.Literal["_default_sampling", b"_default_sampling"]  # noqa: Y015
     _WhichOneofReturnType__description: _TypeAlias = _typing.Literal["description"]  # noqa: Y015
     _WhichOneofArgType__description: _TypeAlias = _typing.Literal["_description", b"_description"]  # noqa: Y015
+    _WhichOneofReturnType__owner: _TypeAlias = _typing.Literal["owner"]  # noqa: Y015
+    _WhichOneofArgType__owner: _TypeAlias = _typing.Literal["_owner", b"_owner"]  # noqa: Y015
+    _WhichOneofReturnType__tags: _TypeAlias = _typing.Literal["tags"]  # noqa: Y015
+    _WhichOneofArgType__tags: _TypeAlias = _typing.Literal["_tags", b"_tags"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__default_sampling) -> _WhichOneofReturnType__default_sampling | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__description) -> _WhichOneofReturnType__description | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__owner) -> _WhichOneofReturnType__owner | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tags) -> _WhichOneofReturnType__tags | None: ...
 
 Global___UpdateAdapterRequest: _TypeAlias = UpdateAdapterRequest  # noqa: Y015
 
@@ -506,23 +775,49 @@ class UnpinAdapterResponse(_message.Message):
 Global___UnpinAdapterResponse: _TypeAlias = UnpinAdapterResponse  # noqa: Y015
 
 @_typing.final
+class AliasTarget(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """A registered name, which follows its latest version, or one with a version (`name@2`, `name@sha256:...`)."""
+    weight: _builtins.float
+    """Its share of the requests, relative to the other targets'."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        weight: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AliasTarget: _TypeAlias = AliasTarget  # noqa: Y015
+
+@_typing.final
 class SetAliasRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ALIAS_FIELD_NUMBER: _builtins.int
-    NAME_FIELD_NUMBER: _builtins.int
+    TARGETS_FIELD_NUMBER: _builtins.int
     alias: _builtins.str
-    name: _builtins.str
-    """A registered name."""
+    @_builtins.property
+    def targets(self) -> _containers.RepeatedCompositeFieldContainer[Global___AliasTarget]:
+        """A single target, or several with weights."""
+
     def __init__(
         self,
         *,
         alias: _builtins.str = ...,
-        name: _builtins.str = ...,
+        targets: _abc.Iterable[Global___AliasTarget] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias", "targets", b"targets"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -532,21 +827,64 @@ Global___SetAliasRequest: _TypeAlias = SetAliasRequest  # noqa: Y015
 class SetAliasResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    PREVIOUS_NAME_FIELD_NUMBER: _builtins.int
-    previous_name: _builtins.str
-    """What the alias pointed at before, if it existed."""
+    PREVIOUS_TARGETS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def previous_targets(self) -> _containers.RepeatedCompositeFieldContainer[Global___AliasTarget]:
+        """What the alias pointed at before, if it existed."""
+
     def __init__(
         self,
         *,
-        previous_name: _builtins.str = ...,
+        previous_targets: _abc.Iterable[Global___AliasTarget] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["previous_name", b"previous_name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["previous_targets", b"previous_targets"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SetAliasResponse: _TypeAlias = SetAliasResponse  # noqa: Y015
+
+@_typing.final
+class RollbackAliasRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ALIAS_FIELD_NUMBER: _builtins.int
+    alias: _builtins.str
+    def __init__(
+        self,
+        *,
+        alias: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RollbackAliasRequest: _TypeAlias = RollbackAliasRequest  # noqa: Y015
+
+@_typing.final
+class RollbackAliasResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TARGETS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def targets(self) -> _containers.RepeatedCompositeFieldContainer[Global___AliasTarget]:
+        """What the alias points at now."""
+
+    def __init__(
+        self,
+        *,
+        targets: _abc.Iterable[Global___AliasTarget] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["targets", b"targets"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RollbackAliasResponse: _TypeAlias = RollbackAliasResponse  # noqa: Y015
 
 @_typing.final
 class DeleteAliasRequest(_message.Message):

@@ -45,6 +45,11 @@ class AdapterServiceStub:
                 request_serializer=loraplex_dot_v1_dot_adapter__pb2.UploadAdapterRequest.SerializeToString,
                 response_deserializer=loraplex_dot_v1_dot_adapter__pb2.UploadAdapterResponse.FromString,
                 _registered_method=True)
+        self.DownloadAdapter = channel.unary_stream(
+                '/loraplex.v1.AdapterService/DownloadAdapter',
+                request_serializer=loraplex_dot_v1_dot_adapter__pb2.DownloadAdapterRequest.SerializeToString,
+                response_deserializer=loraplex_dot_v1_dot_adapter__pb2.DownloadAdapterResponse.FromString,
+                _registered_method=True)
         self.UnregisterAdapter = channel.unary_unary(
                 '/loraplex.v1.AdapterService/UnregisterAdapter',
                 request_serializer=loraplex_dot_v1_dot_adapter__pb2.UnregisterAdapterRequest.SerializeToString,
@@ -80,6 +85,11 @@ class AdapterServiceStub:
                 request_serializer=loraplex_dot_v1_dot_adapter__pb2.SetAliasRequest.SerializeToString,
                 response_deserializer=loraplex_dot_v1_dot_adapter__pb2.SetAliasResponse.FromString,
                 _registered_method=True)
+        self.RollbackAlias = channel.unary_unary(
+                '/loraplex.v1.AdapterService/RollbackAlias',
+                request_serializer=loraplex_dot_v1_dot_adapter__pb2.RollbackAliasRequest.SerializeToString,
+                response_deserializer=loraplex_dot_v1_dot_adapter__pb2.RollbackAliasResponse.FromString,
+                _registered_method=True)
         self.DeleteAlias = channel.unary_unary(
                 '/loraplex.v1.AdapterService/DeleteAlias',
                 request_serializer=loraplex_dot_v1_dot_adapter__pb2.DeleteAliasRequest.SerializeToString,
@@ -97,7 +107,7 @@ class AdapterServiceServicer:
     """
 
     def RegisterAdapter(self, request, context):
-        """Reads an adapter from a folder below one of the server's adapter roots.
+        """Reads an adapter from a folder below one of the server's adapter roots, or from a URL that the server allows.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -105,6 +115,13 @@ class AdapterServiceServicer:
 
     def UploadAdapter(self, request_iterator, context):
         """Takes the adapter's files from the client: one header, then chunks.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DownloadAdapter(self, request, context):
+        """Sends the adapter's files as they are stored: one header, then chunks.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -149,7 +166,14 @@ class AdapterServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def SetAlias(self, request, context):
-        """Makes an alias point at a registered name, or moves it there, in one step.
+        """Makes an alias point at one or more registered adapters, or moves it there, in one step.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RollbackAlias(self, request, context):
+        """Gives an alias back the targets that it had before the last change; again takes that back.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -180,6 +204,11 @@ def add_AdapterServiceServicer_to_server(servicer, server):
                     servicer.UploadAdapter,
                     request_deserializer=loraplex_dot_v1_dot_adapter__pb2.UploadAdapterRequest.FromString,
                     response_serializer=loraplex_dot_v1_dot_adapter__pb2.UploadAdapterResponse.SerializeToString,
+            ),
+            'DownloadAdapter': grpc.unary_stream_rpc_method_handler(
+                    servicer.DownloadAdapter,
+                    request_deserializer=loraplex_dot_v1_dot_adapter__pb2.DownloadAdapterRequest.FromString,
+                    response_serializer=loraplex_dot_v1_dot_adapter__pb2.DownloadAdapterResponse.SerializeToString,
             ),
             'UnregisterAdapter': grpc.unary_unary_rpc_method_handler(
                     servicer.UnregisterAdapter,
@@ -215,6 +244,11 @@ def add_AdapterServiceServicer_to_server(servicer, server):
                     servicer.SetAlias,
                     request_deserializer=loraplex_dot_v1_dot_adapter__pb2.SetAliasRequest.FromString,
                     response_serializer=loraplex_dot_v1_dot_adapter__pb2.SetAliasResponse.SerializeToString,
+            ),
+            'RollbackAlias': grpc.unary_unary_rpc_method_handler(
+                    servicer.RollbackAlias,
+                    request_deserializer=loraplex_dot_v1_dot_adapter__pb2.RollbackAliasRequest.FromString,
+                    response_serializer=loraplex_dot_v1_dot_adapter__pb2.RollbackAliasResponse.SerializeToString,
             ),
             'DeleteAlias': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteAlias,
@@ -282,6 +316,33 @@ class AdapterService:
             '/loraplex.v1.AdapterService/UploadAdapter',
             loraplex_dot_v1_dot_adapter__pb2.UploadAdapterRequest.SerializeToString,
             loraplex_dot_v1_dot_adapter__pb2.UploadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DownloadAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/loraplex.v1.AdapterService/DownloadAdapter',
+            loraplex_dot_v1_dot_adapter__pb2.DownloadAdapterRequest.SerializeToString,
+            loraplex_dot_v1_dot_adapter__pb2.DownloadAdapterResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -471,6 +532,33 @@ class AdapterService:
             '/loraplex.v1.AdapterService/SetAlias',
             loraplex_dot_v1_dot_adapter__pb2.SetAliasRequest.SerializeToString,
             loraplex_dot_v1_dot_adapter__pb2.SetAliasResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RollbackAlias(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loraplex.v1.AdapterService/RollbackAlias',
+            loraplex_dot_v1_dot_adapter__pb2.RollbackAliasRequest.SerializeToString,
+            loraplex_dot_v1_dot_adapter__pb2.RollbackAliasResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -34,9 +34,11 @@ class AdapterServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> AdapterServiceAsyncStub: ...
     RegisterAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.RegisterAdapterRequest, _adapter_pb2.RegisterAdapterResponse]
-    """Reads an adapter from a folder below one of the server's adapter roots."""
+    """Reads an adapter from a folder below one of the server's adapter roots, or from a URL that the server allows."""
     UploadAdapter: _grpc.StreamUnaryMultiCallable[_adapter_pb2.UploadAdapterRequest, _adapter_pb2.UploadAdapterResponse]
     """Takes the adapter's files from the client: one header, then chunks."""
+    DownloadAdapter: _grpc.UnaryStreamMultiCallable[_adapter_pb2.DownloadAdapterRequest, _adapter_pb2.DownloadAdapterResponse]
+    """Sends the adapter's files as they are stored: one header, then chunks."""
     UnregisterAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.UnregisterAdapterRequest, _adapter_pb2.UnregisterAdapterResponse]
     """Takes the name away at once; requests in flight finish on the version they started with."""
     ListAdapters: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.ListAdaptersRequest, _adapter_pb2.ListAdaptersResponse]
@@ -46,7 +48,9 @@ class AdapterServiceStub:
     """Keeps the adapter's weights on the device until it is unpinned."""
     UnpinAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.UnpinAdapterRequest, _adapter_pb2.UnpinAdapterResponse]
     SetAlias: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.SetAliasRequest, _adapter_pb2.SetAliasResponse]
-    """Makes an alias point at a registered name, or moves it there, in one step."""
+    """Makes an alias point at one or more registered adapters, or moves it there, in one step."""
+    RollbackAlias: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.RollbackAliasRequest, _adapter_pb2.RollbackAliasResponse]
+    """Gives an alias back the targets that it had before the last change; again takes that back."""
     DeleteAlias: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.DeleteAliasRequest, _adapter_pb2.DeleteAliasResponse]
     GetBindReport: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.GetBindReportRequest, _adapter_pb2.GetBindReportResponse]
     """The whole report behind a refused registration."""
@@ -57,9 +61,11 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     RegisterAdapter: _aio.UnaryUnaryMultiCallable[_adapter_pb2.RegisterAdapterRequest, _adapter_pb2.RegisterAdapterResponse]  # type: ignore[assignment]
-    """Reads an adapter from a folder below one of the server's adapter roots."""
+    """Reads an adapter from a folder below one of the server's adapter roots, or from a URL that the server allows."""
     UploadAdapter: _aio.StreamUnaryMultiCallable[_adapter_pb2.UploadAdapterRequest, _adapter_pb2.UploadAdapterResponse]  # type: ignore[assignment]
     """Takes the adapter's files from the client: one header, then chunks."""
+    DownloadAdapter: _aio.UnaryStreamMultiCallable[_adapter_pb2.DownloadAdapterRequest, _adapter_pb2.DownloadAdapterResponse]  # type: ignore[assignment]
+    """Sends the adapter's files as they are stored: one header, then chunks."""
     UnregisterAdapter: _aio.UnaryUnaryMultiCallable[_adapter_pb2.UnregisterAdapterRequest, _adapter_pb2.UnregisterAdapterResponse]  # type: ignore[assignment]
     """Takes the name away at once; requests in flight finish on the version they started with."""
     ListAdapters: _aio.UnaryUnaryMultiCallable[_adapter_pb2.ListAdaptersRequest, _adapter_pb2.ListAdaptersResponse]  # type: ignore[assignment]
@@ -69,7 +75,9 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     """Keeps the adapter's weights on the device until it is unpinned."""
     UnpinAdapter: _aio.UnaryUnaryMultiCallable[_adapter_pb2.UnpinAdapterRequest, _adapter_pb2.UnpinAdapterResponse]  # type: ignore[assignment]
     SetAlias: _aio.UnaryUnaryMultiCallable[_adapter_pb2.SetAliasRequest, _adapter_pb2.SetAliasResponse]  # type: ignore[assignment]
-    """Makes an alias point at a registered name, or moves it there, in one step."""
+    """Makes an alias point at one or more registered adapters, or moves it there, in one step."""
+    RollbackAlias: _aio.UnaryUnaryMultiCallable[_adapter_pb2.RollbackAliasRequest, _adapter_pb2.RollbackAliasResponse]  # type: ignore[assignment]
+    """Gives an alias back the targets that it had before the last change; again takes that back."""
     DeleteAlias: _aio.UnaryUnaryMultiCallable[_adapter_pb2.DeleteAliasRequest, _adapter_pb2.DeleteAliasResponse]  # type: ignore[assignment]
     GetBindReport: _aio.UnaryUnaryMultiCallable[_adapter_pb2.GetBindReportRequest, _adapter_pb2.GetBindReportResponse]  # type: ignore[assignment]
     """The whole report behind a refused registration."""
@@ -83,7 +91,7 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapter_pb2.RegisterAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapter_pb2.RegisterAdapterResponse, _abc.Awaitable[_adapter_pb2.RegisterAdapterResponse]]:
-        """Reads an adapter from a folder below one of the server's adapter roots."""
+        """Reads an adapter from a folder below one of the server's adapter roots, or from a URL that the server allows."""
 
     @_abc_1.abstractmethod
     def UploadAdapter(
@@ -92,6 +100,14 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_adapter_pb2.UploadAdapterResponse, _abc.Awaitable[_adapter_pb2.UploadAdapterResponse]]:
         """Takes the adapter's files from the client: one header, then chunks."""
+
+    @_abc_1.abstractmethod
+    def DownloadAdapter(
+        self,
+        request: _adapter_pb2.DownloadAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_adapter_pb2.DownloadAdapterResponse], _abc.AsyncIterator[_adapter_pb2.DownloadAdapterResponse]]:
+        """Sends the adapter's files as they are stored: one header, then chunks."""
 
     @_abc_1.abstractmethod
     def UnregisterAdapter(
@@ -143,7 +159,15 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapter_pb2.SetAliasRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapter_pb2.SetAliasResponse, _abc.Awaitable[_adapter_pb2.SetAliasResponse]]:
-        """Makes an alias point at a registered name, or moves it there, in one step."""
+        """Makes an alias point at one or more registered adapters, or moves it there, in one step."""
+
+    @_abc_1.abstractmethod
+    def RollbackAlias(
+        self,
+        request: _adapter_pb2.RollbackAliasRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapter_pb2.RollbackAliasResponse, _abc.Awaitable[_adapter_pb2.RollbackAliasResponse]]:
+        """Gives an alias back the targets that it had before the last change; again takes that back."""
 
     @_abc_1.abstractmethod
     def DeleteAlias(

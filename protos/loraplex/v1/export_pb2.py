@@ -24,19 +24,27 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18loraplex/v1/export.proto\x12\x0bloraplex.v1\"z\n\x13MergeAdapterRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x0e\n\x06output\x18\x02 \x01(\t\x12$\n\x04\x62\x61se\x18\x03 \x01(\x0e\x32\x16.loraplex.v1.MergeBase\x12\x12\n\x05scale\x18\x04 \x01(\x02H\x00\x88\x01\x01\x42\x08\n\x06_scale\"p\n\x14MergeAdapterResponse\x12\x14\n\x0ctensors_done\x18\x01 \x01(\r\x12\x15\n\rtensors_total\x18\x02 \x01(\r\x12\x13\n\x0boutput_path\x18\x03 \x01(\t\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x04 \x01(\t*b\n\tMergeBase\x12\x1a\n\x16MERGE_BASE_UNSPECIFIED\x10\x00\x12\x1d\n\x19MERGE_BASE_FULL_PRECISION\x10\x01\x12\x1a\n\x16MERGE_BASE_DEQUANTIZED\x10\x02\x32\x66\n\rExportService\x12U\n\x0cMergeAdapter\x12 .loraplex.v1.MergeAdapterRequest\x1a!.loraplex.v1.MergeAdapterResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18loraplex/v1/export.proto\x12\x0bloraplex.v1\"\xa8\x03\n\x13MergeAdapterRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x0e\n\x06output\x18\x02 \x01(\t\x12$\n\x04\x62\x61se\x18\x03 \x01(\x0e\x32\x16.loraplex.v1.MergeBase\x12\x12\n\x05scale\x18\x04 \x01(\x02H\x00\x88\x01\x01\x12.\n\x08\x61\x64\x61pters\x18\x05 \x03(\x0b\x32\x1c.loraplex.v1.WeightedAdapter\x12(\n\x06method\x18\x06 \x01(\x0e\x32\x18.loraplex.v1.MergeMethod\x12\x14\n\x07\x64\x65nsity\x18\x07 \x01(\x02H\x01\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x02\x88\x01\x01\x12\x10\n\x08quantize\x18\t \x01(\t\x12\x1c\n\x0fmax_shard_bytes\x18\n \x01(\x04H\x03\x88\x01\x01\x12\x18\n\x0bmax_mean_kl\x18\x0b \x01(\x01H\x04\x88\x01\x01\x12\x0f\n\x07prompts\x18\x0c \x03(\t\x12\x15\n\rmeasure_speed\x18\r \x01(\x08\x42\x08\n\x06_scaleB\n\n\x08_densityB\x07\n\x05_seedB\x12\n\x10_max_shard_bytesB\x0e\n\x0c_max_mean_kl\"2\n\x0fWeightedAdapter\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x0e\n\x06weight\x18\x02 \x01(\x02\"k\n\x0fMergeComparison\x12\x1c\n\x14max_logit_difference\x18\x01 \x01(\x01\x12\x16\n\x0etop1_agreement\x18\x02 \x01(\x01\x12\x0f\n\x07mean_kl\x18\x03 \x01(\x01\x12\x11\n\tpositions\x18\x04 \x01(\r\"l\n\x0cSpeedFigures\x12\r\n\x05model\x18\x01 \x01(\t\x12\x19\n\x11tokens_per_second\x18\x02 \x01(\x01\x12\x16\n\x0e\x66irst_token_ms\x18\x03 \x01(\x01\x12\x1a\n\x12inter_token_ms_p50\x18\x04 \x01(\x01\"\xf4\x01\n\x14MergeAdapterResponse\x12\x14\n\x0ctensors_done\x18\x01 \x01(\r\x12\x15\n\rtensors_total\x18\x02 \x01(\r\x12\x13\n\x0boutput_path\x18\x03 \x01(\t\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x04 \x01(\t\x12\r\n\x05phase\x18\x05 \x01(\t\x12\x30\n\ncomparison\x18\x06 \x01(\x0b\x32\x1c.loraplex.v1.MergeComparison\x12(\n\x05speed\x18\x07 \x03(\x0b\x32\x19.loraplex.v1.SpeedFigures\x12\x17\n\x0f\x61\x64\x61pter_digests\x18\x08 \x03(\t*b\n\tMergeBase\x12\x1a\n\x16MERGE_BASE_UNSPECIFIED\x10\x00\x12\x1d\n\x19MERGE_BASE_FULL_PRECISION\x10\x01\x12\x1a\n\x16MERGE_BASE_DEQUANTIZED\x10\x02*\x95\x01\n\x0bMergeMethod\x12\x1c\n\x18MERGE_METHOD_UNSPECIFIED\x10\x00\x12\x17\n\x13MERGE_METHOD_LINEAR\x10\x01\x12\x15\n\x11MERGE_METHOD_TIES\x10\x02\x12\x1c\n\x18MERGE_METHOD_DARE_LINEAR\x10\x03\x12\x1a\n\x16MERGE_METHOD_DARE_TIES\x10\x04\x32\x66\n\rExportService\x12U\n\x0cMergeAdapter\x12 .loraplex.v1.MergeAdapterRequest\x1a!.loraplex.v1.MergeAdapterResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'loraplex.v1.export_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_MERGEBASE']._serialized_start=279
-  _globals['_MERGEBASE']._serialized_end=377
-  _globals['_MERGEADAPTERREQUEST']._serialized_start=41
-  _globals['_MERGEADAPTERREQUEST']._serialized_end=163
-  _globals['_MERGEADAPTERRESPONSE']._serialized_start=165
-  _globals['_MERGEADAPTERRESPONSE']._serialized_end=277
-  _globals['_EXPORTSERVICE']._serialized_start=379
-  _globals['_EXPORTSERVICE']._serialized_end=481
+  _globals['_MERGEBASE']._serialized_start=986
+  _globals['_MERGEBASE']._serialized_end=1084
+  _globals['_MERGEMETHOD']._serialized_start=1087
+  _globals['_MERGEMETHOD']._serialized_end=1236
+  _globals['_MERGEADAPTERREQUEST']._serialized_start=42
+  _globals['_MERGEADAPTERREQUEST']._serialized_end=466
+  _globals['_WEIGHTEDADAPTER']._serialized_start=468
+  _globals['_WEIGHTEDADAPTER']._serialized_end=518
+  _globals['_MERGECOMPARISON']._serialized_start=520
+  _globals['_MERGECOMPARISON']._serialized_end=627
+  _globals['_SPEEDFIGURES']._serialized_start=629
+  _globals['_SPEEDFIGURES']._serialized_end=737
+  _globals['_MERGEADAPTERRESPONSE']._serialized_start=740
+  _globals['_MERGEADAPTERRESPONSE']._serialized_end=984
+  _globals['_EXPORTSERVICE']._serialized_start=1238
+  _globals['_EXPORTSERVICE']._serialized_end=1340
 # @@protoc_insertion_point(module_scope)

@@ -3,8 +3,10 @@
 isort:skip_file
 """
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
@@ -39,6 +41,29 @@ MERGE_BASE_DEQUANTIZED: MergeBase.ValueType  # 2
 """The weights that the server computes with: quantized, then dequantized."""
 Global___MergeBase: _TypeAlias = MergeBase  # noqa: Y015
 
+class _MergeMethod:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _MergeMethodEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_MergeMethod.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    MERGE_METHOD_UNSPECIFIED: _MergeMethod.ValueType  # 0
+    """The weighted sum."""
+    MERGE_METHOD_LINEAR: _MergeMethod.ValueType  # 1
+    MERGE_METHOD_TIES: _MergeMethod.ValueType  # 2
+    MERGE_METHOD_DARE_LINEAR: _MergeMethod.ValueType  # 3
+    MERGE_METHOD_DARE_TIES: _MergeMethod.ValueType  # 4
+
+class MergeMethod(_MergeMethod, metaclass=_MergeMethodEnumTypeWrapper): ...
+
+MERGE_METHOD_UNSPECIFIED: MergeMethod.ValueType  # 0
+"""The weighted sum."""
+MERGE_METHOD_LINEAR: MergeMethod.ValueType  # 1
+MERGE_METHOD_TIES: MergeMethod.ValueType  # 2
+MERGE_METHOD_DARE_LINEAR: MergeMethod.ValueType  # 3
+MERGE_METHOD_DARE_TIES: MergeMethod.ValueType  # 4
+Global___MergeMethod: _TypeAlias = MergeMethod  # noqa: Y015
+
 @_typing.final
 class MergeAdapterRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
@@ -47,12 +72,42 @@ class MergeAdapterRequest(_message.Message):
     OUTPUT_FIELD_NUMBER: _builtins.int
     BASE_FIELD_NUMBER: _builtins.int
     SCALE_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
+    METHOD_FIELD_NUMBER: _builtins.int
+    DENSITY_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    QUANTIZE_FIELD_NUMBER: _builtins.int
+    MAX_SHARD_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_MEAN_KL_FIELD_NUMBER: _builtins.int
+    PROMPTS_FIELD_NUMBER: _builtins.int
+    MEASURE_SPEED_FIELD_NUMBER: _builtins.int
     adapter: _builtins.str
     output: _builtins.str
     """Relative to the export root; must not exist yet."""
     base: Global___MergeBase.ValueType
     scale: _builtins.float
     """Multiplies the adapter's own scaling. Unset means 1."""
+    method: Global___MergeMethod.ValueType
+    density: _builtins.float
+    """Share of each adapter's values that TIES and DARE keep, in (0, 1]. Default 0.5."""
+    seed: _builtins.int
+    """For DARE's choice. Default 0."""
+    quantize: _builtins.str
+    """"" keeps the weights as they are; "nf4" writes them as bitsandbytes stores them."""
+    max_shard_bytes: _builtins.int
+    """Largest weight file. Default 5 GB."""
+    max_mean_kl: _builtins.float
+    """The merge fails, and leaves nothing, where the mean KL from the unmerged model is larger. Default 0.01."""
+    measure_speed: _builtins.bool
+    """Measure merged against unmerged: tokens per second and latency."""
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___WeightedAdapter]:
+        """Instead of `adapter`: several, each with a weight."""
+
+    @_builtins.property
+    def prompts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What is compared; none means a built-in list."""
+
     def __init__(
         self,
         *,
@@ -60,16 +115,127 @@ class MergeAdapterRequest(_message.Message):
         output: _builtins.str = ...,
         base: Global___MergeBase.ValueType = ...,
         scale: _builtins.float | None = ...,
+        adapters: _abc.Iterable[Global___WeightedAdapter] | None = ...,
+        method: Global___MergeMethod.ValueType = ...,
+        density: _builtins.float | None = ...,
+        seed: _builtins.int | None = ...,
+        quantize: _builtins.str = ...,
+        max_shard_bytes: _builtins.int | None = ...,
+        max_mean_kl: _builtins.float | None = ...,
+        prompts: _abc.Iterable[_builtins.str] | None = ...,
+        measure_speed: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_scale", b"_scale", "scale", b"scale"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_density", b"_density", "_max_mean_kl", b"_max_mean_kl", "_max_shard_bytes", b"_max_shard_bytes", "_scale", b"_scale", "_seed", b"_seed", "density", b"density", "max_mean_kl", b"max_mean_kl", "max_shard_bytes", b"max_shard_bytes", "scale", b"scale", "seed", b"seed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_scale", b"_scale", "adapter", b"adapter", "base", b"base", "output", b"output", "scale", b"scale"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_density", b"_density", "_max_mean_kl", b"_max_mean_kl", "_max_shard_bytes", b"_max_shard_bytes", "_scale", b"_scale", "_seed", b"_seed", "adapter", b"adapter", "adapters", b"adapters", "base", b"base", "density", b"density", "max_mean_kl", b"max_mean_kl", "max_shard_bytes", b"max_shard_bytes", "measure_speed", b"measure_speed", "method", b"method", "output", b"output", "prompts", b"prompts", "quantize", b"quantize", "scale", b"scale", "seed", b"seed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__density: _TypeAlias = _typing.Literal["density"]  # noqa: Y015
+    _WhichOneofArgType__density: _TypeAlias = _typing.Literal["_density", b"_density"]  # noqa: Y015
+    _WhichOneofReturnType__max_mean_kl: _TypeAlias = _typing.Literal["max_mean_kl"]  # noqa: Y015
+    _WhichOneofArgType__max_mean_kl: _TypeAlias = _typing.Literal["_max_mean_kl", b"_max_mean_kl"]  # noqa: Y015
+    _WhichOneofReturnType__max_shard_bytes: _TypeAlias = _typing.Literal["max_shard_bytes"]  # noqa: Y015
+    _WhichOneofArgType__max_shard_bytes: _TypeAlias = _typing.Literal["_max_shard_bytes", b"_max_shard_bytes"]  # noqa: Y015
     _WhichOneofReturnType__scale: _TypeAlias = _typing.Literal["scale"]  # noqa: Y015
     _WhichOneofArgType__scale: _TypeAlias = _typing.Literal["_scale", b"_scale"]  # noqa: Y015
+    _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
+    _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__density) -> _WhichOneofReturnType__density | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_mean_kl) -> _WhichOneofReturnType__max_mean_kl | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_shard_bytes) -> _WhichOneofReturnType__max_shard_bytes | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__scale) -> _WhichOneofReturnType__scale | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
 
 Global___MergeAdapterRequest: _TypeAlias = MergeAdapterRequest  # noqa: Y015
+
+@_typing.final
+class WeightedAdapter(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    adapter: _builtins.str
+    weight: _builtins.float
+    def __init__(
+        self,
+        *,
+        adapter: _builtins.str = ...,
+        weight: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WeightedAdapter: _TypeAlias = WeightedAdapter  # noqa: Y015
+
+@_typing.final
+class MergeComparison(_message.Message):
+    """How far the written model is from base plus adapters unmerged."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MAX_LOGIT_DIFFERENCE_FIELD_NUMBER: _builtins.int
+    TOP1_AGREEMENT_FIELD_NUMBER: _builtins.int
+    MEAN_KL_FIELD_NUMBER: _builtins.int
+    POSITIONS_FIELD_NUMBER: _builtins.int
+    max_logit_difference: _builtins.float
+    top1_agreement: _builtins.float
+    """Share of positions with the same most likely token."""
+    mean_kl: _builtins.float
+    """In nats, of the merged from the unmerged model."""
+    positions: _builtins.int
+    def __init__(
+        self,
+        *,
+        max_logit_difference: _builtins.float = ...,
+        top1_agreement: _builtins.float = ...,
+        mean_kl: _builtins.float = ...,
+        positions: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_logit_difference", b"max_logit_difference", "mean_kl", b"mean_kl", "positions", b"positions", "top1_agreement", b"top1_agreement"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MergeComparison: _TypeAlias = MergeComparison  # noqa: Y015
+
+@_typing.final
+class SpeedFigures(_message.Message):
+    """One side of a speed measurement."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    TOKENS_PER_SECOND_FIELD_NUMBER: _builtins.int
+    FIRST_TOKEN_MS_FIELD_NUMBER: _builtins.int
+    INTER_TOKEN_MS_P50_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """"unmerged" or "merged"."""
+    tokens_per_second: _builtins.float
+    first_token_ms: _builtins.float
+    inter_token_ms_p50: _builtins.float
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        tokens_per_second: _builtins.float = ...,
+        first_token_ms: _builtins.float = ...,
+        inter_token_ms_p50: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_token_ms", b"first_token_ms", "inter_token_ms_p50", b"inter_token_ms_p50", "model", b"model", "tokens_per_second", b"tokens_per_second"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SpeedFigures: _TypeAlias = SpeedFigures  # noqa: Y015
 
 @_typing.final
 class MergeAdapterResponse(_message.Message):
@@ -79,12 +245,26 @@ class MergeAdapterResponse(_message.Message):
     TENSORS_TOTAL_FIELD_NUMBER: _builtins.int
     OUTPUT_PATH_FIELD_NUMBER: _builtins.int
     ADAPTER_DIGEST_FIELD_NUMBER: _builtins.int
+    PHASE_FIELD_NUMBER: _builtins.int
+    COMPARISON_FIELD_NUMBER: _builtins.int
+    SPEED_FIELD_NUMBER: _builtins.int
+    ADAPTER_DIGESTS_FIELD_NUMBER: _builtins.int
     tensors_done: _builtins.int
     """Tensors written so far, and how many there are."""
     tensors_total: _builtins.int
     output_path: _builtins.str
     """Only in the last message: the folder that was written."""
     adapter_digest: _builtins.str
+    phase: _builtins.str
+    """"merging", "checking" or "measuring"."""
+    @_builtins.property
+    def comparison(self) -> Global___MergeComparison:
+        """Only in the last message."""
+
+    @_builtins.property
+    def speed(self) -> _containers.RepeatedCompositeFieldContainer[Global___SpeedFigures]: ...
+    @_builtins.property
+    def adapter_digests(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
         self,
         *,
@@ -92,10 +272,14 @@ class MergeAdapterResponse(_message.Message):
         tensors_total: _builtins.int = ...,
         output_path: _builtins.str = ...,
         adapter_digest: _builtins.str = ...,
+        phase: _builtins.str = ...,
+        comparison: Global___MergeComparison | None = ...,
+        speed: _abc.Iterable[Global___SpeedFigures] | None = ...,
+        adapter_digests: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["comparison", b"comparison"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_digest", b"adapter_digest", "output_path", b"output_path", "tensors_done", b"tensors_done", "tensors_total", b"tensors_total"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_digest", b"adapter_digest", "adapter_digests", b"adapter_digests", "comparison", b"comparison", "output_path", b"output_path", "phase", b"phase", "speed", b"speed", "tensors_done", b"tensors_done", "tensors_total", b"tensors_total"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

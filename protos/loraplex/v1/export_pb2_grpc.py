@@ -47,7 +47,8 @@ class ExportServiceServicer:
     """
 
     def MergeAdapter(self, request, context):
-        """Folds one adapter into the base weights and writes a Hugging Face folder; sends progress as it goes.
+        """Folds one adapter, or several, into the base weights, writes a Hugging Face folder, reads it again and compares it
+        with the model that is served unmerged; sends progress as it goes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

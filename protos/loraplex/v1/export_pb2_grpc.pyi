@@ -34,7 +34,9 @@ class ExportServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ExportServiceAsyncStub: ...
     MergeAdapter: _grpc.UnaryStreamMultiCallable[_export_pb2.MergeAdapterRequest, _export_pb2.MergeAdapterResponse]
-    """Folds one adapter into the base weights and writes a Hugging Face folder; sends progress as it goes."""
+    """Folds one adapter, or several, into the base weights, writes a Hugging Face folder, reads it again and compares it
+    with the model that is served unmerged; sends progress as it goes.
+    """
 
 @_typing.type_check_only
 class ExportServiceAsyncStub(ExportServiceStub):
@@ -42,7 +44,9 @@ class ExportServiceAsyncStub(ExportServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     MergeAdapter: _aio.UnaryStreamMultiCallable[_export_pb2.MergeAdapterRequest, _export_pb2.MergeAdapterResponse]  # type: ignore[assignment]
-    """Folds one adapter into the base weights and writes a Hugging Face folder; sends progress as it goes."""
+    """Folds one adapter, or several, into the base weights, writes a Hugging Face folder, reads it again and compares it
+    with the model that is served unmerged; sends progress as it goes.
+    """
 
 class ExportServiceServicer(metaclass=_abc_1.ABCMeta):
     """Writes models out. Only below the server's export root."""
@@ -53,6 +57,8 @@ class ExportServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _export_pb2.MergeAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_export_pb2.MergeAdapterResponse], _abc.AsyncIterator[_export_pb2.MergeAdapterResponse]]:
-        """Folds one adapter into the base weights and writes a Hugging Face folder; sends progress as it goes."""
+        """Folds one adapter, or several, into the base weights, writes a Hugging Face folder, reads it again and compares it
+        with the model that is served unmerged; sends progress as it goes.
+        """
 
 def add_ExportServiceServicer_to_server(servicer: ExportServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

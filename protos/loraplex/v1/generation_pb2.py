@@ -24,39 +24,39 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cloraplex/v1/generation.proto\x12\x0bloraplex.v1\">\n\x10\x41\x64\x61pterSelection\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\x05scale\x18\x02 \x01(\x02H\x00\x88\x01\x01\x42\x08\n\x06_scale\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"8\n\nChatPrompt\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.loraplex.v1.ChatMessage\" \n\x0bTokenPrompt\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\x86\x04\n\x12SamplingParameters\x12\x17\n\nmax_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\x05H\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x08 \x01(\x02H\x07\x88\x01\x01\x12\x11\n\x04seed\x18\t \x01(\x04H\x08\x88\x01\x01\x12\x0c\n\x04stop\x18\n \x03(\t\x12\x16\n\x0estop_token_ids\x18\x0b \x03(\r\x12\x17\n\nignore_eos\x18\x0c \x01(\x08H\t\x88\x01\x01\x12\x15\n\x08logprobs\x18\r \x01(\x05H\n\x88\x01\x01\x12\x0e\n\x01n\x18\x0e \x01(\x05H\x0b\x88\x01\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seedB\r\n\x0b_ignore_eosB\x0b\n\t_logprobsB\x04\n\x02_n\"\xb3\x02\n\x0fGenerateRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\'\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x17.loraplex.v1.ChatPromptH\x00\x12*\n\x06tokens\x18\x03 \x01(\x0b\x32\x18.loraplex.v1.TokenPromptH\x00\x12/\n\x08\x61\x64\x61pters\x18\x04 \x03(\x0b\x32\x1d.loraplex.v1.AdapterSelection\x12\x31\n\x08sampling\x18\x05 \x01(\x0b\x32\x1f.loraplex.v1.SamplingParameters\x12\x12\n\ncache_salt\x18\x06 \x01(\t\x12\x0e\n\x06tenant\x18\x07 \x01(\t\x12\x12\n\nrequest_id\x18\x08 \x01(\tB\x08\n\x06promptJ\x04\x08\n\x10\rR\x0fresponse_format\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"b\n\rTokenLogprobs\x12)\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x19.loraplex.v1.TokenLogprob\x12&\n\x03top\x18\x02 \x03(\x0b\x32\x19.loraplex.v1.TokenLogprob\"\x98\x01\n\x06\x43hoice\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12,\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1a.loraplex.v1.TokenLogprobs\x12\x30\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x19.loraplex.v1.FinishReason\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\x87\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12$\n\x07\x63hoices\x18\x02 \x03(\x0b\x32\x13.loraplex.v1.Choice\x12!\n\x05usage\x18\x03 \x01(\x0b\x32\x12.loraplex.v1.Usage\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x04 \x01(\t\"\x9c\x01\n\x16GenerateStreamResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12$\n\x07\x63hoices\x18\x02 \x03(\x0b\x32\x13.loraplex.v1.Choice\x12&\n\x05usage\x18\x03 \x01(\x0b\x32\x12.loraplex.v1.UsageH\x00\x88\x01\x01\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x04 \x01(\tB\x08\n\x06_usage*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xb3\x01\n\x11GenerationService\x12G\n\x08Generate\x12\x1c.loraplex.v1.GenerateRequest\x1a\x1d.loraplex.v1.GenerateResponse\x12U\n\x0eGenerateStream\x12\x1c.loraplex.v1.GenerateRequest\x1a#.loraplex.v1.GenerateStreamResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cloraplex/v1/generation.proto\x12\x0bloraplex.v1\"S\n\x10\x41\x64\x61pterSelection\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\x05scale\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\x13\n\x0brouting_key\x18\x03 \x01(\tB\x08\n\x06_scale\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"8\n\nChatPrompt\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.loraplex.v1.ChatMessage\" \n\x0bTokenPrompt\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\x86\x04\n\x12SamplingParameters\x12\x17\n\nmax_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\x05H\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x08 \x01(\x02H\x07\x88\x01\x01\x12\x11\n\x04seed\x18\t \x01(\x04H\x08\x88\x01\x01\x12\x0c\n\x04stop\x18\n \x03(\t\x12\x16\n\x0estop_token_ids\x18\x0b \x03(\r\x12\x17\n\nignore_eos\x18\x0c \x01(\x08H\t\x88\x01\x01\x12\x15\n\x08logprobs\x18\r \x01(\x05H\n\x88\x01\x01\x12\x0e\n\x01n\x18\x0e \x01(\x05H\x0b\x88\x01\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seedB\r\n\x0b_ignore_eosB\x0b\n\t_logprobsB\x04\n\x02_n\"\xb3\x02\n\x0fGenerateRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\'\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x17.loraplex.v1.ChatPromptH\x00\x12*\n\x06tokens\x18\x03 \x01(\x0b\x32\x18.loraplex.v1.TokenPromptH\x00\x12/\n\x08\x61\x64\x61pters\x18\x04 \x03(\x0b\x32\x1d.loraplex.v1.AdapterSelection\x12\x31\n\x08sampling\x18\x05 \x01(\x0b\x32\x1f.loraplex.v1.SamplingParameters\x12\x12\n\ncache_salt\x18\x06 \x01(\t\x12\x0e\n\x06tenant\x18\x07 \x01(\t\x12\x12\n\nrequest_id\x18\x08 \x01(\tB\x08\n\x06promptJ\x04\x08\n\x10\rR\x0fresponse_format\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"b\n\rTokenLogprobs\x12)\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x19.loraplex.v1.TokenLogprob\x12&\n\x03top\x18\x02 \x03(\x0b\x32\x19.loraplex.v1.TokenLogprob\"\x98\x01\n\x06\x43hoice\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12,\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1a.loraplex.v1.TokenLogprobs\x12\x30\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x19.loraplex.v1.FinishReason\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\x87\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12$\n\x07\x63hoices\x18\x02 \x03(\x0b\x32\x13.loraplex.v1.Choice\x12!\n\x05usage\x18\x03 \x01(\x0b\x32\x12.loraplex.v1.Usage\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x04 \x01(\t\"\x9c\x01\n\x16GenerateStreamResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12$\n\x07\x63hoices\x18\x02 \x03(\x0b\x32\x13.loraplex.v1.Choice\x12&\n\x05usage\x18\x03 \x01(\x0b\x32\x12.loraplex.v1.UsageH\x00\x88\x01\x01\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x04 \x01(\tB\x08\n\x06_usage*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xb3\x01\n\x11GenerationService\x12G\n\x08Generate\x12\x1c.loraplex.v1.GenerateRequest\x1a\x1d.loraplex.v1.GenerateResponse\x12U\n\x0eGenerateStream\x12\x1c.loraplex.v1.GenerateRequest\x1a#.loraplex.v1.GenerateStreamResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'loraplex.v1.generation_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=1763
-  _globals['_FINISHREASON']._serialized_end=1858
+  _globals['_FINISHREASON']._serialized_start=1784
+  _globals['_FINISHREASON']._serialized_end=1879
   _globals['_ADAPTERSELECTION']._serialized_start=45
-  _globals['_ADAPTERSELECTION']._serialized_end=107
-  _globals['_CHATMESSAGE']._serialized_start=109
-  _globals['_CHATMESSAGE']._serialized_end=153
-  _globals['_CHATPROMPT']._serialized_start=155
-  _globals['_CHATPROMPT']._serialized_end=211
-  _globals['_TOKENPROMPT']._serialized_start=213
-  _globals['_TOKENPROMPT']._serialized_end=245
-  _globals['_SAMPLINGPARAMETERS']._serialized_start=248
-  _globals['_SAMPLINGPARAMETERS']._serialized_end=766
-  _globals['_GENERATEREQUEST']._serialized_start=769
-  _globals['_GENERATEREQUEST']._serialized_end=1076
-  _globals['_TOKENLOGPROB']._serialized_start=1078
-  _globals['_TOKENLOGPROB']._serialized_end=1127
-  _globals['_TOKENLOGPROBS']._serialized_start=1129
-  _globals['_TOKENLOGPROBS']._serialized_end=1227
-  _globals['_CHOICE']._serialized_start=1230
-  _globals['_CHOICE']._serialized_end=1382
-  _globals['_USAGE']._serialized_start=1384
-  _globals['_USAGE']._serialized_end=1464
-  _globals['_GENERATERESPONSE']._serialized_start=1467
-  _globals['_GENERATERESPONSE']._serialized_end=1602
-  _globals['_GENERATESTREAMRESPONSE']._serialized_start=1605
-  _globals['_GENERATESTREAMRESPONSE']._serialized_end=1761
-  _globals['_GENERATIONSERVICE']._serialized_start=1861
-  _globals['_GENERATIONSERVICE']._serialized_end=2040
+  _globals['_ADAPTERSELECTION']._serialized_end=128
+  _globals['_CHATMESSAGE']._serialized_start=130
+  _globals['_CHATMESSAGE']._serialized_end=174
+  _globals['_CHATPROMPT']._serialized_start=176
+  _globals['_CHATPROMPT']._serialized_end=232
+  _globals['_TOKENPROMPT']._serialized_start=234
+  _globals['_TOKENPROMPT']._serialized_end=266
+  _globals['_SAMPLINGPARAMETERS']._serialized_start=269
+  _globals['_SAMPLINGPARAMETERS']._serialized_end=787
+  _globals['_GENERATEREQUEST']._serialized_start=790
+  _globals['_GENERATEREQUEST']._serialized_end=1097
+  _globals['_TOKENLOGPROB']._serialized_start=1099
+  _globals['_TOKENLOGPROB']._serialized_end=1148
+  _globals['_TOKENLOGPROBS']._serialized_start=1150
+  _globals['_TOKENLOGPROBS']._serialized_end=1248
+  _globals['_CHOICE']._serialized_start=1251
+  _globals['_CHOICE']._serialized_end=1403
+  _globals['_USAGE']._serialized_start=1405
+  _globals['_USAGE']._serialized_end=1485
+  _globals['_GENERATERESPONSE']._serialized_start=1488
+  _globals['_GENERATERESPONSE']._serialized_end=1623
+  _globals['_GENERATESTREAMRESPONSE']._serialized_start=1626
+  _globals['_GENERATESTREAMRESPONSE']._serialized_end=1782
+  _globals['_GENERATIONSERVICE']._serialized_start=1882
+  _globals['_GENERATIONSERVICE']._serialized_end=2061
 # @@protoc_insertion_point(module_scope)

@@ -48,19 +48,25 @@ class AdapterSelection(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     SCALE_FIELD_NUMBER: _builtins.int
+    ROUTING_KEY_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """A registered name, an alias, or `name@sha256:...` for one version. Empty means the base model alone."""
+    """A registered name, an alias, or either with a version (`name@2`, `name@sha256:...`). Empty means the base model
+    alone.
+    """
     scale: _builtins.float
     """Multiplies the adapter's own scaling (alpha / r). Unset means 1."""
+    routing_key: _builtins.str
+    """Chooses between the targets of a weighted alias: the same key gets the same one. Empty: by chance."""
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         scale: _builtins.float | None = ...,
+        routing_key: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_scale", b"_scale", "scale", b"scale"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_scale", b"_scale", "name", b"name", "scale", b"scale"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_scale", b"_scale", "name", b"name", "routing_key", b"routing_key", "scale", b"scale"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__scale: _TypeAlias = _typing.Literal["scale"]  # noqa: Y015
     _WhichOneofArgType__scale: _TypeAlias = _typing.Literal["_scale", b"_scale"]  # noqa: Y015

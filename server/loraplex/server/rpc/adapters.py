@@ -108,8 +108,11 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
 
     async def SetAlias(self, request: pb.SetAliasRequest, context: Context) -> pb.SetAliasResponse:
         """Make or move an alias."""
-        previous = await self._call(self._registry.set_alias, request.alias, request.name)
-        return pb.SetAliasResponse(previous_name=previous or "")
+        if len(request.targets) != 1:
+            raise InvalidRequestError.of("targets", f"must be one, got {len(request.targets)}")
+        previous = await self._call(self._registry.set_alias, request.alias, request.targets[0].name)
+        targets = [pb.AliasTarget(name=previous, weight=1)] if previous else []
+        return pb.SetAliasResponse(previous_targets=targets)
 
     async def DeleteAlias(self, request: pb.DeleteAliasRequest, context: Context) -> pb.DeleteAliasResponse:
         """Remove an alias; the adapter stays."""
