@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TypeVar
+from urllib.parse import quote
 
 import grpc
 from google.protobuf import any_pb2, message
@@ -34,6 +35,9 @@ DOMAIN = "loraplex"
 MAX_VIOLATIONS = 20
 # gRPC implementations commonly refuse trailers over 8 KB; ours stay well below, details and message together.
 MAX_DETAIL_BYTES = 4000
+MAX_MESSAGE_CHARACTERS = 1000
+# The message also travels percent-encoded, where a character can take twelve bytes.
+MAX_ENCODED_MESSAGE_BYTES = 2000
 
 # The first match counts, so a subclass stands before its base.
 _CODES: tuple[tuple[type[LoraplexError], grpc.StatusCode, str], ...] = (
@@ -67,7 +71,7 @@ def to_status(error: LoraplexError) -> grpc.Status:
         delay = Duration()
         delay.FromMilliseconds(round(error.retry_after_s * 1000))
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
-    status = status_pb2.Status(code=code.value[0], message=_shorten(text, 1000), details=[_any(d) for d in details])
+    status = status_pb2.Status(code=code.value[0], message=_short_message(text), details=[_any(d) for d in details])
     return rpc_status.to_status(status)
 
 
@@ -109,7 +113,17 @@ def _fitting(entries: Sequence[M]) -> list[M]:
 
 
 def _shorten(text: str, limit: int = 300) -> str:
+    # Names of files may hold bytes that are no text, which protobuf refuses.
+    text = text.encode(errors="replace").decode()
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _short_message(text: str) -> str:
+    """Return as much of `text` as the trailers may carry."""
+    text = _shorten(text, MAX_MESSAGE_CHARACTERS)
+    while (size := len(quote(text))) > MAX_ENCODED_MESSAGE_BYTES:
+        text = _shorten(text, max(1, len(text) * MAX_ENCODED_MESSAGE_BYTES // size - 2))
+    return text
 
 
 def _any(detail: message.Message) -> any_pb2.Any:
