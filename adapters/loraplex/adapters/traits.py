@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,20 @@ class AdapterTraits:
     kind: str = "lora"
     fixed_scale: bool = False
     invocation_tokens: tuple[int, ...] = ()
+
+    def start_in(self, prompt_token_ids: Sequence[int]) -> int | None:
+        """Return the first prompt token on which the adapter acts.
+
+        0 for an ordinary adapter; for aLoRA where the last occurrence of `invocation_tokens` begins, or None if there
+        is none: the base alone then answers (PEFT, `calculate_alora_offsets`).
+        """
+        if not self.invocation_tokens:
+            return 0
+        prompt, length = tuple(prompt_token_ids), len(self.invocation_tokens)
+        for start in range(len(prompt) - length, -1, -1):
+            if prompt[start : start + length] == self.invocation_tokens:
+                return start
+        return None
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values for the catalog."""
