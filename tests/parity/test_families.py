@@ -105,6 +105,11 @@ def test_adapters_reach_every_linear_module(name: str, tmp_path: Path) -> None:
         path for path, m in reference.named_modules() if isinstance(m, torch.nn.Linear) or type(m).__name__ == "Conv1D"
     }
     assert set(model.base.modules) == linears
+    assert model.base.parameters == {
+        path: tuple(p.shape) for path, p in reference.named_parameters() if path.removesuffix(".weight") not in linears
+    }
+    assert reference.get_parameter(model.base.embedding) is reference.get_input_embeddings().weight
+    assert model.base.tied == (reference.lm_head.weight is reference.get_input_embeddings().weight)
     adapter = random_adapter(model)
     packed = pack_adapter(adapter, model.decoder.sites, torch.float32, torch.device("cpu"))
     tokens = sequences()[0]

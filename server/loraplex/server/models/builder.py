@@ -70,6 +70,8 @@ class DecoderBuilder:
         self._vectors: dict[str, torch.Tensor] = {}
         self.weight_bytes = 0
         """Memory of everything that `build` put into the decoder, vectors as they were stored."""
+        self.tied = False
+        """Whether `build` made lm_head of the embedding matrix."""
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Take one tensor, which may be a view of a mapped file."""
@@ -118,7 +120,7 @@ class DecoderBuilder:
     def build(self, attention: Attention) -> Decoder:
         """Return the decoder, once every tensor has been added."""
         positions, rope = self._layout.positions, self._config.rope
-        tied = self._make_embeddings()
+        self.tied = self._make_embeddings()
         embedding = self._vectors[self._layout.embedding]
         parts = DecoderParts(
             embedding=embedding,
@@ -130,7 +132,7 @@ class DecoderBuilder:
         )
         self.weight_bytes = sum(linear.nbytes for linear in self._linears.values())
         self.weight_bytes += sum(vector.nbytes for vector in self._vectors.values())
-        if tied and isinstance(parts.lm_head, DenseLinear) and embedding.dtype == self._activations:
+        if self.tied and isinstance(parts.lm_head, DenseLinear) and embedding.dtype == self._activations:
             self.weight_bytes -= embedding.nbytes  # the same memory
         sites = [linear.site for linear in self._layout.linears]
         return Decoder(self._config, parts, sites, attention, self._activations)

@@ -122,6 +122,11 @@ class Layout:
                 shapes[f"{name}.bias"] = (size,)
         return shapes
 
+    def parameters(self) -> Mapping[str, tuple[int, ...]]:
+        """Return the shape of everything that is no linear weight: embeddings, norms and biases."""
+        linear = {f"{name}.weight" for name in self.module_names}
+        return {name: shape for name, shape in self.shapes().items() if name not in linear}
+
     def _norms(self) -> dict[str, int]:
         """Return the width of every norm."""
         config = self._config

@@ -110,7 +110,16 @@ def load_model(
     decoder = builder.build(make_attention(target))
     return LoadedModel(
         decoder=decoder,
-        base=BaseModel(_name(model, path), family.architecture, fingerprint, layout.modules(), family.names.conv1d),
+        base=BaseModel(
+            name=_name(model, path),
+            architecture=family.architecture,
+            fingerprint=fingerprint,
+            modules=layout.modules(),
+            conv1d=family.names.conv1d,
+            parameters=layout.parameters(),
+            embedding=layout.embedding,
+            tied=builder.tied,
+        ),
         path=path,
         architecture=family.architecture,
         max_model_len=context.length,
