@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from loraplex.adapters.binding import BoundAdapter, ModuleWeights
-from loraplex.server.lora.weights import ALIGNMENT_BYTES, LinearSite, PackedAdapter, pack_adapter, packed_nbytes
+from loraplex.server.lora.buffer import ALIGNMENT_BYTES, moved
+from loraplex.server.lora.weights import LinearSite, PackedAdapter, pack_adapter, packed_nbytes
 
 CPU = torch.device("cpu")
 SITES = (
@@ -108,3 +109,21 @@ def test_shapes_that_do_not_fit_the_site(a_shape: tuple[int, int], b_shape: tupl
     bound = BoundAdapter("d", {"0.o": ModuleWeights(torch.zeros(a_shape), torch.zeros(b_shape), 1.0)})
     with pytest.raises(ValueError, match=r"layers\.0\.o"):
         pack_adapter(bound, SITES, torch.float32, CPU)
+
+
+def test_an_adapter_moves_as_one_block() -> None:
+    packed = pack_adapter(adapter(q0=3, v0=2, o0=5), SITES, torch.bfloat16, CPU)
+    assert packed.to(CPU) is packed
+    away = packed.to(torch.device("meta"))
+    assert away.digest == packed.digest
+    assert away.nbytes == packed.nbytes
+    assert away.memory is not None
+    assert away.memory.device.type == "meta"
+    assert packed.memory is not None
+    copy = packed.memory.clone()
+    for (a, b_t), (far_a, far_b_t) in zip(slices_of(packed), slices_of(away), strict=True):
+        for here, there in ((a, far_a), (b_t, far_b_t)):
+            assert there.device.type == "meta"
+            assert (there.shape, there.dtype, there.storage_offset()) == (here.shape, here.dtype, here.storage_offset())
+            assert torch.equal(moved(here, copy), here)
+            assert moved(here, copy).untyped_storage().data_ptr() == copy.data_ptr()

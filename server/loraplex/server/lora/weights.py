@@ -7,16 +7,19 @@ an adapter's modules are slices of its output. Knows nothing about slots or segm
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from loraplex.adapters.binding import BoundAdapter, ModuleWeights
+from loraplex.server.lora.buffer import Buffer, moved
 
-ALIGNMENT_BYTES = 64
 TABLE_FIELDS = 5
+
+# Per site, the modules that an adapter changes there, each with the start and end of its slice.
+Placed = Sequence[Sequence[tuple[ModuleWeights, int, int]]]
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,8 @@ class SliceWeights:
 class PackedAdapter:
     """An adapter ready to be used: for each site of the model, in the model's order, the slices that it changes.
 
-    `nbytes` is the memory that holds them, `rank` the largest rank among them (0 for an adapter without weights).
+    `memory` is one block that holds them, (nbytes,) uint8; `nbytes` its size; `rank` the largest rank among them (0 for
+    an adapter without weights).
 
     `table` and `extents` say the same to code that reads the weights by address:
         table: (sites, max slices, 5) int64: address of a, address of b_t, rank, start, width; rank 0 is no slice.
@@ -66,6 +70,7 @@ class PackedAdapter:
     sites: tuple[tuple[SliceWeights, ...], ...]
     nbytes: int
     rank: int
+    memory: torch.Tensor | None = field(default=None, repr=False, compare=False)
     table: npt.NDArray[np.int64] = field(init=False, repr=False, compare=False)
     extents: npt.NDArray[np.int64] = field(init=False, repr=False, compare=False)
 
@@ -85,35 +90,33 @@ class PackedAdapter:
         """Of all matrices; float32 for an adapter without any."""
         return next((s.a.dtype for slices in self.sites for s in slices), torch.float32)
 
+    def to(self, device: torch.device) -> PackedAdapter:
+        """Return the adapter with its memory on `device`: itself if it is there already."""
+        memory = self.memory if self.memory is None else self.memory.to(device)
+        if memory is None or memory is self.memory:
+            return self
+        sites = tuple(
+            tuple(replace(s, a=moved(s.a, memory), b_t=moved(s.b_t, memory)) for s in slices) for slices in self.sites
+        )
+        return replace(self, sites=sites, memory=memory)
+
 
 def pack_adapter(
     bound: BoundAdapter, sites: Sequence[LinearSite], dtype: torch.dtype, device: torch.device
 ) -> PackedAdapter:
-    """Copy `bound` into one buffer of `dtype` on `device`, arranged by site, scaling folded into B.
+    """Copy `bound` into one block of memory on `device`, arranged by site, scaling folded into B.
 
-    The fold happens in float32, before the one rounding to `dtype`. All slices are views of the buffer.
+    The fold happens in float32, before the one rounding to `dtype`.
 
     Raises:
         ValueError: if a module of the adapter belongs to no site (it would silently have no effect), or if its
             shapes do not fit the site.
     """
     placed = _place(bound, sites)
-    flat = torch.zeros(_total_elements(placed, dtype), dtype=dtype, device=device)
-    offset = 0
-    packed: list[tuple[SliceWeights, ...]] = []
-    for modules in placed:
-        slices = []
-        for weights, start, end in modules:
-            a = flat[offset : offset + weights.a.numel()].view(weights.a.shape)
-            offset += _aligned(weights.a.numel(), dtype)
-            b_t = flat[offset : offset + weights.b.numel()].view(weights.b.shape[1], weights.b.shape[0])
-            offset += _aligned(weights.b.numel(), dtype)
-            a.copy_(weights.a.to(torch.float32))
-            b_t.copy_((weights.b.to(torch.float32) * weights.scaling).T)
-            slices.append(SliceWeights(a, b_t, start, end))
-        packed.append(tuple(slices))
+    nbytes = _nbytes(placed, dtype)
+    memory = torch.zeros(nbytes, dtype=torch.uint8, device=device)
     rank = max((weights.rank for weights in bound.modules.values()), default=0)
-    return PackedAdapter(bound.digest, tuple(packed), flat.nbytes, rank)
+    return PackedAdapter(bound.digest, _pack(placed, dtype, Buffer(memory)), nbytes, rank, memory)
 
 
 def packed_nbytes(bound: BoundAdapter, sites: Sequence[LinearSite], dtype: torch.dtype) -> int:
@@ -122,10 +125,10 @@ def packed_nbytes(bound: BoundAdapter, sites: Sequence[LinearSite], dtype: torch
     Raises:
         ValueError: as `pack_adapter` does.
     """
-    return _total_elements(_place(bound, sites), dtype) * dtype.itemsize
+    return _nbytes(_place(bound, sites), dtype)
 
 
-def _place(bound: BoundAdapter, sites: Sequence[LinearSite]) -> list[list[tuple[ModuleWeights, int, int]]]:
+def _place(bound: BoundAdapter, sites: Sequence[LinearSite]) -> Placed:
     """Return per site the adapter's (weights, start, end) by start."""
     known = {name for site in sites for name in site.targets}
     stray = sorted(set(bound.modules) - known)
@@ -145,11 +148,18 @@ def _place(bound: BoundAdapter, sites: Sequence[LinearSite]) -> list[list[tuple[
     return placed
 
 
-def _total_elements(placed: Sequence[Sequence[tuple[ModuleWeights, int, int]]], dtype: torch.dtype) -> int:
-    return sum(_aligned(w.a.numel(), dtype) + _aligned(w.b.numel(), dtype) for site in placed for w, _, _ in site)
+def _nbytes(placed: Placed, dtype: torch.dtype) -> int:
+    counted = Buffer()
+    _pack(placed, dtype, counted)
+    return counted.nbytes
 
 
-def _aligned(elements: int, dtype: torch.dtype) -> int:
-    """Round up so that every matrix starts on a cache line."""
-    unit = ALIGNMENT_BYTES // dtype.itemsize
-    return -(-elements // unit) * unit
+def _pack(placed: Placed, dtype: torch.dtype, buffer: Buffer) -> tuple[tuple[SliceWeights, ...], ...]:
+    return tuple(tuple(_slice(*entry, dtype, buffer) for entry in modules) for modules in placed)
+
+
+def _slice(weights: ModuleWeights, start: int, end: int, dtype: torch.dtype, buffer: Buffer) -> SliceWeights:
+    rank, in_features = weights.a.shape
+    a = buffer.put((rank, in_features), dtype, lambda: weights.a.float())
+    b_t = buffer.put((rank, end - start), dtype, lambda: (weights.b.float() * weights.scaling).T)
+    return SliceWeights(a, b_t, start, end)
