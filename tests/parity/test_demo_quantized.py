@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM
 
 from loraplex.adapters.binding import BoundAdapter
 from loraplex.server.lora.ops.interface import LoraContext, make_lora_ops
+from loraplex.server.lora.packing import pack_adapter
 from loraplex.server.lora.segments import Segment
-from loraplex.server.lora.weights import pack_adapter
 from loraplex.server.models.layout import LM_HEAD
 from loraplex.server.models.loader import LoadedModel, load_model
 from loraplex.server.tokenizer import Tokenizer

@@ -11,8 +11,9 @@ from transformers import AutoConfig, PreTrainedModel
 from loraplex.adapters.binding import BoundAdapter, ModuleWeights
 from loraplex.server.lora.ops.interface import LoraContext
 from loraplex.server.lora.ops.reference import ReferenceLoraOps
+from loraplex.server.lora.packing import pack_adapter
 from loraplex.server.lora.segments import Segment
-from loraplex.server.lora.weights import PackedAdapter, pack_adapter
+from loraplex.server.lora.weights import PackedAdapter
 from loraplex.server.models.families import FAMILIES
 from loraplex.server.models.family import Family
 from loraplex.server.models.loader import LoadedModel, load_model

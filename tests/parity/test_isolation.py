@@ -24,7 +24,7 @@ from loraplex.server.config import EngineConfig
 from loraplex.server.engine.build import kv_cache_shape
 from loraplex.server.engine.commands import AbortRequest, AddRequest, ForgetAdapter
 from loraplex.server.engine.request import GenerationRequest, Logprobs, SamplingParams
-from loraplex.server.lora.weights import packed_nbytes
+from loraplex.server.lora.packing import packed_nbytes
 from loraplex.server.models.loader import LoadedModel, load_model
 from tests.parity.engine_runs import EngineRun, running_engine
 from tests.parity.peft_adapters import save_random_adapters

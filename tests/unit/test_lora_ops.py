@@ -15,8 +15,9 @@ from loraplex.adapters.binding import BoundAdapter, ModuleWeights
 from loraplex.server.lora.ops.cpu import CpuLoraOps
 from loraplex.server.lora.ops.interface import LoraOps, make_lora_ops
 from loraplex.server.lora.ops.reference import ReferenceLoraOps
+from loraplex.server.lora.packing import pack_adapter
 from loraplex.server.lora.segments import Segment
-from loraplex.server.lora.weights import LinearSite, PackedAdapter, pack_adapter
+from loraplex.server.lora.weights import LinearSite, PackedAdapter
 
 CPU = torch.device("cpu")
 FLOATS = [torch.float32, torch.bfloat16]

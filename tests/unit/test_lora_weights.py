@@ -10,7 +10,8 @@ import torch
 
 from loraplex.adapters.binding import BoundAdapter, ModuleWeights
 from loraplex.server.lora.buffer import ALIGNMENT_BYTES, moved
-from loraplex.server.lora.weights import LinearSite, PackedAdapter, pack_adapter, packed_nbytes
+from loraplex.server.lora.packing import pack_adapter, packed_nbytes
+from loraplex.server.lora.weights import LinearSite, PackedAdapter
 
 CPU = torch.device("cpu")
 SITES = (

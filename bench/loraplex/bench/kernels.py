@@ -23,8 +23,9 @@ from loraplex.server.engine.batch import Batch
 from loraplex.server.engine.kv_cache import KVCache, KVCacheShape
 from loraplex.server.lora.ops.cpu import CpuLoraOps
 from loraplex.server.lora.ops.reference import ReferenceLoraOps
+from loraplex.server.lora.packing import pack_adapter
 from loraplex.server.lora.segments import Segment, build_segments
-from loraplex.server.lora.weights import LinearSite, PackedAdapter, pack_adapter
+from loraplex.server.lora.weights import LinearSite, PackedAdapter
 
 HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 576, 1536, 30, 9, 3, 64
 CONTEXT, BLOCK = 160, 16

@@ -20,8 +20,9 @@ from loraplex.server.engine.sequence import Sequence
 from loraplex.server.engine.stats import EngineObserver
 from loraplex.server.errors import ModelLoadError
 from loraplex.server.lora.ops.interface import make_lora_ops
+from loraplex.server.lora.packing import pack_adapter
 from loraplex.server.lora.slots import SlotPool
-from loraplex.server.lora.weights import PackedAdapter, pack_adapter
+from loraplex.server.lora.weights import PackedAdapter
 from loraplex.server.models.loader import LoadedModel
 from loraplex.server.tokenizer import Tokenizer
 
