@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from loraplex.client import Client
+from loraplex.client import AliasTarget, Client
 from loraplex.client.errors import AlreadyExistsError, InvalidRequestError, NotFoundError, PreconditionError
 from tests.integration.serving import Folders, RunningServer, eventually, fitting_adapter, greedy_ids
 
@@ -68,17 +68,32 @@ def test_upload_is_like_a_folder(own: RunningServer, client: Client, tmp_path: P
     assert greedy_ids(client, "sent") == greedy_ids(client, "by-path") != greedy_ids(client)
 
 
+def test_a_download_is_what_was_sent(own: RunningServer, client: Client, tmp_path: Path) -> None:
+    folder = fitting_adapter(tmp_path / "template", seed=5, template="{{ messages }}")
+    digest = client.upload_adapter("sent", folder).adapter.digest
+    downloaded = client.download_adapter(f"sent@{digest[:15]}", tmp_path / "back")
+    assert downloaded.digest == digest
+    sent, back = ({path.name: path.read_bytes() for path in f.iterdir()} for f in (folder, downloaded.folder))
+    assert back == sent
+    assert client.upload_adapter("again", downloaded.folder).adapter.digest == digest
+    with pytest.raises(NotFoundError):
+        client.download_adapter("nothing", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
 def test_aliases_move_at_once(own: RunningServer, client: Client) -> None:
     for name, seed in (("one", 1), ("two", 2)):
         client.register_adapter(name, _make(own, seed))
-    assert client.set_alias("prod", "one") == ""
+    assert client.set_alias("prod", "one") == ()
     assert greedy_ids(client, "prod") == greedy_ids(client, "one")
-    assert client.set_alias("prod", "two") == "one"
+    assert client.set_alias("prod", "two") == (AliasTarget("one"),)
     assert greedy_ids(client, "prod") == greedy_ids(client, "two")
     with pytest.raises(PreconditionError, match="prod"):
         client.unregister_adapter("two")
     with pytest.raises(AlreadyExistsError):
         client.register_adapter("prod", _make(own, 3))
+    assert client.rollback_alias("prod") == (AliasTarget("one"),)
+    assert greedy_ids(client, "prod") == greedy_ids(client, "one")
     client.delete_alias("prod")
     with pytest.raises(NotFoundError):
         client.generate("x", "prod")
@@ -101,7 +116,7 @@ def test_one_of_two_names_of_a_version_goes(own: RunningServer, client: Client) 
     eventually(lambda: client.get_adapter("same").resident, "the pinned adapter is on the device")
     assert client.unregister_adapter("one").digest == digest
     left = client.get_adapter("same")
-    assert left.pinned
+    assert not left.pinned, "the pin was on the other name"
     assert left.resident
     assert greedy_ids(client, "same") != greedy_ids(client)
 

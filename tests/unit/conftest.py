@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from loraplex.adapters.alias import AliasTarget
 from loraplex.adapters.binding import BaseModel
 from loraplex.adapters.registry import AdapterRegistry
 from tests.adapter_factory import tiny_base, write_adapter
@@ -53,3 +54,8 @@ def registry(opener: Opener) -> AdapterRegistry:
 
 def blobs(tmp_path: Path) -> set[str]:
     return {"sha256:" + path.name for path in (tmp_path / "root" / "store" / "sha256").iterdir()}
+
+
+def to(*names: str, **weights: float) -> tuple[AliasTarget, ...]:
+    """An alias's targets."""
+    return (*map(AliasTarget, names), *(AliasTarget(name, weight) for name, weight in weights.items()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
@@ -108,6 +109,20 @@ def adapter(name: str) -> adapter_pb2.Adapter:
     return message
 
 
+def download(files: dict[str, bytes]) -> list[adapter_pb2.DownloadAdapterResponse]:
+    """Return the messages that bring `files`."""
+    announced = [
+        adapter_pb2.UploadFile(name=name, size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+        for name, data in files.items()
+    ]
+    header = adapter_pb2.DownloadHeader(digest=DIGEST, files=announced)
+    chunks = [adapter_pb2.UploadChunk(file=name, data=data) for name, data in files.items()]
+    return [
+        adapter_pb2.DownloadAdapterResponse(header=header),
+        *(adapter_pb2.DownloadAdapterResponse(chunk=chunk) for chunk in chunks),
+    ]
+
+
 def _generate(request: generation_pb2.GenerateRequest, context: grpc.ServicerContext) -> Any:
     choice = generation_pb2.Choice(
         text=f"{request.adapters[0].name or 'base'} says hi", finish_reason=generation_pb2.FINISH_REASON_LENGTH
@@ -131,13 +146,21 @@ DEFAULTS: dict[str, Behaviour] = {
     "UploadAdapter": lambda request, context: adapter_pb2.UploadAdapterResponse(
         adapter=adapter(request[0].header.name)
     ),
+    "DownloadAdapter": answer(download({"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights"})),
     "UnregisterAdapter": answer(adapter_pb2.UnregisterAdapterResponse(digest=DIGEST, active_requests=2)),
     "ListAdapters": answer(adapter_pb2.ListAdaptersResponse(adapters=[adapter("a"), adapter("b")])),
     "GetAdapter": _one_adapter(adapter_pb2.GetAdapterResponse),
     "UpdateAdapter": _one_adapter(adapter_pb2.UpdateAdapterResponse),
     "PinAdapter": _one_adapter(adapter_pb2.PinAdapterResponse),
     "UnpinAdapter": _one_adapter(adapter_pb2.UnpinAdapterResponse),
-    "SetAlias": answer(adapter_pb2.SetAliasResponse(previous_targets=[adapter_pb2.AliasTarget(name="before")])),
+    "SetAlias": answer(
+        adapter_pb2.SetAliasResponse(previous_targets=[adapter_pb2.AliasTarget(name="before", weight=1)])
+    ),
+    "RollbackAlias": answer(
+        adapter_pb2.RollbackAliasResponse(
+            targets=[adapter_pb2.AliasTarget(name="a@1", weight=9), adapter_pb2.AliasTarget(name="b", weight=1)]
+        )
+    ),
     "DeleteAlias": answer(adapter_pb2.DeleteAliasResponse()),
     "GetBindReport": answer(
         adapter_pb2.GetBindReportResponse(

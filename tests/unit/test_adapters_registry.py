@@ -21,17 +21,18 @@ from loraplex.adapters.errors import (
     ResourceExhaustedError,
 )
 from loraplex.adapters.formats import read_adapter
+from loraplex.adapters.metadata import MetadataChange
 from loraplex.adapters.registry import AdapterRegistry
 from loraplex.adapters.store import LocalBlobStore
 from tests.adapter_factory import tensors, tiny_base, write_adapter
-from tests.unit.conftest import blobs
+from tests.unit.conftest import blobs, to
 
 
 def test_a_registered_adapter_is_described_and_loaded(registry: AdapterRegistry, source: Path) -> None:
-    registration = registry.register("team/two", source / "two", "the second")
+    registration = registry.register("team/two", source / "two", MetadataChange("the second"))
     record = registration.record
     assert registration.previous_digest is None
-    assert (record.name, record.description, record.rank) == ("team/two", "the second", 4)
+    assert (record.name, record.metadata.description, record.rank) == ("team/two", "the second", 4)
     assert record.target_modules == ("q_proj", "v_proj")
     assert record.size_bytes == (source / "two" / "adapter_model.safetensors").stat().st_size
     assert record.created_at.tzinfo is not None
@@ -45,13 +46,13 @@ def test_a_registered_adapter_is_described_and_loaded(registry: AdapterRegistry,
 
 
 def test_a_name_gets_versions(registry: AdapterRegistry, source: Path) -> None:
-    one = registry.register("a", source / "one", "text").record
+    one = registry.register("a", source / "one", MetadataChange("text")).record
     again = registry.register("a", source / "one")
     assert (again.record, again.previous_digest) == (one, one.digest)
     second = registry.register("a", source / "two")
     two = second.record
     assert second.previous_digest == one.digest != two.digest
-    assert two.description == "text"
+    assert two.metadata.description == "text"
     assert registry.resolve("a") == two
     assert registry.resolve(f"a@{one.digest}").digest == one.digest
     assert registry.register("a", source / "one").previous_digest == two.digest
@@ -112,26 +113,26 @@ def test_content_shared_by_two_names_stays_for_the_other(registry: AdapterRegist
 def test_aliases_move_in_one_step(registry: AdapterRegistry, source: Path) -> None:
     registry.register("v1", source / "one")
     registry.register("v2", source / "two")
-    assert registry.set_alias("live", "v1") is None
-    assert registry.set_alias("live", "v2") == "v1"
+    assert registry.aliases.set("live", to("v1")) == ()
+    assert registry.aliases.set("live", to("v2")) == to("v1")
     assert registry.acquire("live").name == "v2"
     registry.release(registry.resolve("live").digest)
     assert registry.get("v2").aliases == ("live",)
     with pytest.raises(AlreadyExistsError, match="is the name of an adapter"):
-        registry.set_alias("v1", "v2")
+        registry.aliases.set("v1", to("v2"))
     with pytest.raises(AlreadyExistsError, match="is an alias"):
         registry.register("live", source / "one")
     with pytest.raises(NotFoundError):
-        registry.set_alias("live", "v3")
+        registry.aliases.set("live", to("v3"))
     with pytest.raises(InvalidRequestError, match="is an alias of v2"):
-        registry.set_alias("other", "live")
+        registry.aliases.set("other", to("live"))
     with pytest.raises(InvalidRequestError, match="is an alias of v2"):
         registry.unregister("live")
     with pytest.raises(PreconditionError, match=r"v2 has aliases \(live\)"):
         registry.unregister("v2")
-    registry.delete_alias("live")
+    registry.aliases.delete("live")
     with pytest.raises(NotFoundError, match="no alias 'live'"):
-        registry.delete_alias("live")
+        registry.aliases.delete("live")
     registry.unregister("v2")
 
 
@@ -154,12 +155,12 @@ def test_listing_filters_and_pages(registry: AdapterRegistry, source: Path) -> N
 
 
 def test_update_changes_the_description(registry: AdapterRegistry, source: Path) -> None:
-    registry.register("a", source / "one", "old")
-    assert registry.update("a").description == "old"
-    assert registry.update("a", "new").description == "new"
-    assert registry.update("a", "").description == ""
+    registry.register("a", source / "one", MetadataChange("old"))
+    assert registry.update("a", MetadataChange()).metadata.description == "old"
+    assert registry.update("a", MetadataChange("new")).metadata.description == "new"
+    assert registry.update("a", MetadataChange("")).metadata.description == ""
     with pytest.raises(NotFoundError):
-        registry.update("b", "x")
+        registry.update("b", MetadataChange("x"))
 
 
 @pytest.mark.parametrize(
@@ -170,7 +171,7 @@ def test_names_that_are_not_allowed(registry: AdapterRegistry, source: Path, nam
         registry.register(name, source / "one")
     registry.register("fine-Name_1.0/x", source / "one")
     with pytest.raises(InvalidRequestError, match="alias"):
-        registry.set_alias(name, "fine-Name_1.0/x")
+        registry.aliases.set(name, to("fine-Name_1.0/x"))
 
 
 def test_unknown_names_hear_what_there_is(registry: AdapterRegistry, source: Path) -> None:

@@ -22,6 +22,7 @@ from loraplex.adapters.errors import (
 from loraplex.adapters.formats import read_adapter
 from loraplex.adapters.registry import AdapterRegistry
 from tests.adapter_factory import tiny_base, write_adapter
+from tests.unit.conftest import to
 
 names = st.sampled_from(["a", "b", "c"])
 contents = st.integers(0, 2)
@@ -105,22 +106,23 @@ class RegistryMachine(RuleBasedStateMachine):
     @rule(alias=names, name=names)
     def set_alias(self, alias: str, name: str) -> None:
         if name in self.aliases:
-            self.refused(InvalidRequestError, self.registry.set_alias, alias, name)
+            self.refused(InvalidRequestError, self.registry.aliases.set, alias, to(name))
         elif name not in self.versions:
-            self.refused(NotFoundError, self.registry.set_alias, alias, name)
+            self.refused(NotFoundError, self.registry.aliases.set, alias, to(name))
         elif alias in self.versions:
-            self.refused(AlreadyExistsError, self.registry.set_alias, alias, name)
+            self.refused(AlreadyExistsError, self.registry.aliases.set, alias, to(name))
         else:
-            assert self.registry.set_alias(alias, name) == self.aliases.get(alias)
+            before = to(self.aliases[alias]) if alias in self.aliases else ()
+            assert self.registry.aliases.set(alias, to(name)) == before
             self.aliases[alias] = name
 
     @rule(alias=names)
     def delete_alias(self, alias: str) -> None:
         if alias in self.aliases:
-            self.registry.delete_alias(alias)
+            self.registry.aliases.delete(alias)
             del self.aliases[alias]
         else:
-            self.refused(NotFoundError, self.registry.delete_alias, alias)
+            self.refused(NotFoundError, self.registry.aliases.delete, alias)
 
     @rule()
     def restart(self) -> None:

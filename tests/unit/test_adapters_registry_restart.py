@@ -14,17 +14,18 @@ from loraplex.adapters.errors import (
     CorruptStoreError,
     PreconditionError,
 )
+from loraplex.adapters.metadata import MetadataChange
 from loraplex.adapters.registry import AdapterRegistry
 from tests.adapter_factory import tiny_base
-from tests.unit.conftest import Opener, blobs
+from tests.unit.conftest import Opener, blobs, to
 
 
 def test_everything_survives_a_restart(opener: Opener, source: Path, tmp_path: Path) -> None:
     registry = opener()
-    one = registry.register("a", source / "one", "first").record
+    one = registry.register("a", source / "one", MetadataChange("first")).record
     two = registry.register("a", source / "two").record
     registry.register("b", source / "one")
-    registry.set_alias("live", "a")
+    registry.aliases.set("live", to("a"))
     registry.acquire("b")
     registry.unregister("b")
     opener.close()

@@ -9,6 +9,7 @@ import pytest
 
 from loraplex.adapters.errors import InvalidRequestError, ResourceExhaustedError
 from loraplex.adapters.formats import read_adapter
+from loraplex.adapters.metadata import MetadataChange
 from loraplex.adapters.registry import AdapterRegistry
 from loraplex.adapters.upload import UploadFile, UploadStager
 from tests.adapter_factory import tiny_base, write_adapter
@@ -30,9 +31,9 @@ def test_an_upload_in_odd_chunks_registers_like_a_folder(tmp_path: Path) -> None
         for name, data in files.items():
             for start in range(0, len(data), 301):
                 stager.write(name, data[start : start + 301])
-        registration = registry.register_upload("a", stager.finish(), "uploaded")
+        registration = registry.register_upload("a", stager.finish(), MetadataChange("uploaded"))
     assert registration.record.digest == read_adapter(source).digest
-    assert registration.record.description == "uploaded"
+    assert registration.record.metadata.description == "uploaded"
     assert list(registry.incoming.iterdir()) == []
     registry.check_integrity()
     registry.close()

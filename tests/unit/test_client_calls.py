@@ -14,17 +14,21 @@ import pytest
 from grpc_health.v1 import health_pb2
 
 from loraplex.client import (
+    AliasTarget,
     AsyncClient,
     BindEntry,
     ChatMessage,
     Client,
     DeadlineError,
+    DownloadedAdapter,
+    DownloadProgress,
     FinishReason,
     HealthStatus,
     InternalError,
     InvalidRequestError,
     MergeBase,
     MergeProgress,
+    NotFoundError,
     SamplingOptions,
     UnavailableError,
     UploadProgress,
@@ -37,8 +41,10 @@ from tests.unit.fake_server import (
     FakeServer,
     adapter,
     answer,
+    download,
     fail,
     pieces,
+    then_fail,
     unavailable,
 )
 
@@ -127,7 +133,13 @@ async def test_adapters(both: Both, server: FakeServer) -> None:
     await both.call("update_adapter", "c")
     assert not server.seen["UpdateAdapter"][1].request.HasField("description")
     assert (await both.call("unregister_adapter", "a")).active_requests == 2
-    assert await both.call("set_alias", "prod", "a") == "before"
+    assert await both.call("set_alias", "prod", "a") == (AliasTarget("before"),)
+    await both.call("set_alias", "prod", {"a@1": 9, "a": 1})
+    asked = [[(t.name, t.weight) for t in seen.request.targets] for seen in server.seen["SetAlias"]]
+    assert asked == [[("a", 1)], [("a@1", 9), ("a", 1)]]
+    with pytest.raises(InvalidRequestError, match="targets"):
+        await both.call("set_alias", "prod", {"a\ud800": 1})
+    assert await both.call("rollback_alias", "prod") == (AliasTarget("a@1", 9), AliasTarget("b"))
     assert await both.call("delete_alias", "prod") is None
     report = await both.call("get_bind_report", "rep-1")
     assert report.problems == (BindEntry("x_proj", "", 0, 0.0, "the base has no x_proj"),)
@@ -214,6 +226,57 @@ async def test_upload(both: Both, server: FakeServer, folder: Path) -> None:
     assert seen.metadata["x-loraplex-adapter"] == "a"
     assert [state.bytes_sent for state in states] == [2, 2 + 2**20, 2 + 2**21, 2_560_002]
     assert {state.bytes_total for state in states} == {2_560_002}
+
+
+async def test_a_rollback_is_not_tried_again(both: Both, server: FakeServer) -> None:
+    server.script["RollbackAlias"].append(unavailable())
+    with pytest.raises(UnavailableError):
+        await both.call("rollback_alias", "prod")
+
+
+async def test_download(both: Both, server: FakeServer, tmp_path: Path) -> None:
+    files = {"adapter_config.json": b"{}", "adapter_model.safetensors": bytes(3000)}
+    server.script["DownloadAdapter"].extend([unavailable(), answer(download(files))])
+    states: list[DownloadProgress] = []
+    downloaded = await both.call("download_adapter", "a", tmp_path / "new" / "a", progress=states.append)
+    assert downloaded == DownloadedAdapter(DIGEST, tmp_path / "new" / "a")
+    assert {path.name: path.read_bytes() for path in downloaded.folder.iterdir()} == files
+    assert states == [DownloadProgress(2, 3002), DownloadProgress(3002, 3002)]
+    with pytest.raises(InvalidRequestError, match="exists"):
+        await both.call("download_adapter", "a", tmp_path / "new" / "a")
+    assert list((tmp_path / "new").iterdir()) == [tmp_path / "new" / "a"]
+
+
+WHOLE = download({"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights"})
+OTHER = download({"adapter_config.json": b"{}", "adapter_model.safetensors": b"weighty"})
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ([], "before it began"),
+        (WHOLE[1:], "without announcing"),
+        (WHOLE[:2], "did not arrive as"),
+        ([*WHOLE[:2], OTHER[2]], "did not arrive as"),
+        ([*WHOLE, WHOLE[0]], "something else"),
+        (download({"../escape": b"x"}), "something else"),
+        ([WHOLE[0], adapter_pb2.DownloadAdapterResponse(chunk=adapter_pb2.UploadChunk(file="x"))], "without"),
+    ],
+)
+async def test_a_download_that_is_not_whole_leaves_nothing(
+    both: Both, server: FakeServer, tmp_path: Path, messages: list[adapter_pb2.DownloadAdapterResponse], reason: str
+) -> None:
+    server.script["DownloadAdapter"].append(answer(messages))
+    with pytest.raises(InternalError, match=reason):
+        await both.call("download_adapter", "a", tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_a_download_that_fails_midway_leaves_nothing(both: Both, server: FakeServer, tmp_path: Path) -> None:
+    server.script["DownloadAdapter"].append(then_fail(WHOLE[:2], fail(Code.NOT_FOUND, "gone")))
+    with pytest.raises(NotFoundError):
+        await both.call("download_adapter", "a", tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []
 
 
 async def test_an_upload_is_not_tried_again_once_it_has_begun(both: Both, server: FakeServer, folder: Path) -> None:

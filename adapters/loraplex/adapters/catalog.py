@@ -1,4 +1,4 @@
-"""Names, their versions and aliases: SQLite through SQLAlchemy, mirrored in memory.
+"""Names, their versions, aliases and pins: SQLite through SQLAlchemy, mirrored in memory.
 
 Reads come from an immutable `Directory` and take no lock. Writes go to the database first, one transaction each, and
 then exchange the directory, so a reader sees a change whole or not at all. Knows nothing about weights or base models.
@@ -7,7 +7,7 @@ One process owns a catalog (the registry locks its folder) and one thread at a t
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
@@ -15,57 +15,27 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from loraplex.adapters.directory import Directory, NamedAdapter, Version
+from loraplex.adapters import schema
+from loraplex.adapters.alias import Alias, AliasTarget
+from loraplex.adapters.directory import Directory, NamedAdapter, Pin, Version
 from loraplex.adapters.errors import CorruptStoreError, ResourceExhaustedError
-
-SCHEMA_VERSION = 1
-_metadata = sa.MetaData()
-_schema = sa.Table("schema", _metadata, sa.Column("version", sa.Integer, primary_key=True))
-_names = sa.Table(
-    "names",
-    _metadata,
-    sa.Column("name", sa.String, primary_key=True),
-    sa.Column("description", sa.String, nullable=False),
-)
-_versions = sa.Table(
-    "versions",
-    _metadata,
-    sa.Column("name", sa.ForeignKey("names.name", ondelete="CASCADE"), primary_key=True),
-    sa.Column("number", sa.Integer, primary_key=True),
-    sa.Column("digest", sa.String, nullable=False, index=True),
-    sa.Column("rank", sa.Integer, nullable=False),
-    sa.Column("target_modules", sa.JSON, nullable=False),
-    sa.Column("size_bytes", sa.BigInteger, nullable=False),
-    sa.Column("base_fingerprint", sa.String, nullable=False),
-    sa.Column("created_at", sa.String, nullable=False),
-)
-_aliases = sa.Table(
-    "aliases",
-    _metadata,
-    sa.Column("alias", sa.String, primary_key=True),
-    sa.Column("name", sa.ForeignKey("names.name"), nullable=False),
-)
+from loraplex.adapters.metadata import Metadata
+from loraplex.adapters.traits import AdapterTraits
 
 
 class Catalog:
     """The catalog in one SQLite file."""
 
     def __init__(self, url: str) -> None:
-        """Open or create the database that the SQLAlchemy `url` names.
+        """Open or create the database that the SQLAlchemy `url` names; one of an earlier format is converted.
 
         Raises:
             CorruptStoreError: if the file is not a catalog, or one of a newer version.
         """
-        self._engine = sa.create_engine(url)
-        sa.event.listen(self._engine, "connect", _configure)
+        self._engine = schema.connect(url)
         try:
-            _metadata.create_all(self._engine)
             with self._transaction() as connection:
-                version = connection.scalar(sa.select(_schema.c.version))
-                if version is None:
-                    connection.execute(_schema.insert().values(version=SCHEMA_VERSION))
-            if version not in (None, SCHEMA_VERSION):
-                raise CorruptStoreError(f"the catalog has format {version}; this program knows {SCHEMA_VERSION}")
+                schema.prepare(connection)
             self.directory = self.read()
         except sa.exc.DatabaseError as error:
             self._engine.dispose()
@@ -76,79 +46,87 @@ class Catalog:
     def read(self) -> Directory:
         """Read the whole catalog from the database."""
         with self._engine.connect() as connection:
-            descriptions = {row.name: row.description for row in connection.execute(sa.select(_names))}
-            versions: dict[str, list[Version]] = {name: [] for name in descriptions}
-            for row in connection.execute(sa.select(_versions).order_by(_versions.c.name, _versions.c.number)):
+            metadata = {row.name: _metadata(row) for row in connection.execute(sa.select(schema.names))}
+            versions: dict[str, list[Version]] = {name: [] for name in metadata}
+            in_order = sa.select(schema.versions).order_by(schema.versions.c.name, schema.versions.c.number)
+            for row in connection.execute(in_order):
                 versions[row.name].append(_version(row))
-            aliases = {row.alias: row.name for row in connection.execute(sa.select(_aliases))}
-        names = {name: NamedAdapter(name, text, tuple(versions[name])) for name, text in descriptions.items()}
-        return Directory(names, aliases)
+            aliases = {row.alias: _alias(row) for row in connection.execute(sa.select(schema.aliases))}
+            pins = frozenset((row.name, row.number) for row in connection.execute(sa.select(schema.pins)))
+        names = {name: NamedAdapter(name, found, tuple(versions[name])) for name, found in metadata.items()}
+        return Directory(names, aliases, pins)
 
-    def publish(self, name: str, description: str, version: Version) -> None:
-        """Make `version` what `name` means; the name is new or gets one more version."""
+    def publish(self, name: str, metadata: Metadata, version: Version) -> None:
+        """Make `version` what `name` means, under a number that the name never had; the name may be new."""
         known = self.directory.names.get(name)
-        versions = known.versions if known else ()
         with self._transaction() as connection:
+            last = connection.scalar(sa.select(schema.numbers.c.last).where(schema.numbers.c.name == name)) or 0
+            version = replace(version, number=last + 1)
+            connection.execute(schema.numbers.delete().where(schema.numbers.c.name == name))
+            connection.execute(schema.numbers.insert().values(name=name, last=version.number))
             if known:
-                connection.execute(_names.update().where(_names.c.name == name).values(description=description))
+                connection.execute(schema.names.update().where(schema.names.c.name == name).values(_row(metadata)))
             else:
-                connection.execute(_names.insert().values(name=name, description=description))
-            connection.execute(
-                _versions.insert().values(
-                    name=name,
-                    number=len(versions) + 1,
-                    digest=version.digest,
-                    rank=version.rank,
-                    target_modules=list(version.target_modules),
-                    size_bytes=version.size_bytes,
-                    base_fingerprint=version.base_fingerprint,
-                    created_at=version.created_at.isoformat(),
-                )
-            )
-        self._set_name(NamedAdapter(name, description, (*versions, version)))
+                connection.execute(schema.names.insert().values(name=name, **_row(metadata)))
+            connection.execute(schema.versions.insert().values(name=name, **_version_row(version)))
+        versions = known.versions if known else ()
+        self.directory = self.directory.with_adapter(NamedAdapter(name, metadata, (*versions, version)))
 
-    def describe(self, name: str, description: str) -> None:
-        """Set the description of the registered `name`."""
+    def describe(self, name: str, metadata: Metadata) -> None:
+        """Set the metadata of the registered `name`."""
         with self._transaction() as connection:
-            connection.execute(_names.update().where(_names.c.name == name).values(description=description))
-        self._set_name(replace(self.directory.names[name], description=description))
+            connection.execute(schema.names.update().where(schema.names.c.name == name).values(_row(metadata)))
+        self.directory = self.directory.with_adapter(replace(self.directory.names[name], metadata=metadata))
 
-    def remove(self, name: str) -> None:
-        """Take the registered `name` and all its versions out; no alias may point at it."""
+    def reduce(self, adapter: NamedAdapter) -> None:
+        """Take out the versions of a registered name that `adapter` lacks, and the name with the last of them."""
+        table = schema.versions.c
         with self._transaction() as connection:
-            connection.execute(_names.delete().where(_names.c.name == name))
-        names = {key: value for key, value in self.directory.names.items() if key != name}
-        self.directory = Directory(names, self.directory.aliases)
+            for version in self.directory.names[adapter.name].versions:
+                if version not in adapter.versions:
+                    chosen = (table.name == adapter.name) & (table.number == version.number)
+                    connection.execute(schema.versions.delete().where(chosen))
+                    gone = (schema.pins.c.name == adapter.name) & (schema.pins.c.number == version.number)
+                    connection.execute(schema.pins.delete().where(gone))
+            if not adapter.versions:
+                connection.execute(schema.names.delete().where(schema.names.c.name == adapter.name))
+        self.directory = self.directory.with_adapter(adapter)
 
-    def set_alias(self, alias: str, name: str) -> None:
-        """Make `alias` point at the registered `name`, in one step if it pointed elsewhere."""
+    def set_alias(self, alias: Alias) -> None:
+        """Make or replace an alias, in one step."""
         with self._transaction() as connection:
-            connection.execute(_aliases.delete().where(_aliases.c.alias == alias))
-            connection.execute(_aliases.insert().values(alias=alias, name=name))
-        self.directory = replace(self.directory, aliases={**self.directory.aliases, alias: name})
+            connection.execute(schema.aliases.delete().where(schema.aliases.c.alias == alias.alias))
+            row = {"targets": _pairs(alias.targets), "previous": _pairs(alias.previous)}
+            connection.execute(schema.aliases.insert().values(alias=alias.alias, **row))
+        self.directory = self.directory.with_alias(alias)
 
     def delete_alias(self, alias: str) -> None:
         """Take `alias` out."""
         with self._transaction() as connection:
-            connection.execute(_aliases.delete().where(_aliases.c.alias == alias))
-        self.directory = replace(
-            self.directory, aliases={k: v for k, v in self.directory.aliases.items() if k != alias}
-        )
+            connection.execute(schema.aliases.delete().where(schema.aliases.c.alias == alias))
+        self.directory = self.directory.without_alias(alias)
+
+    def set_pins(self, pins: frozenset[Pin]) -> None:
+        """Replace all pins; each is of a registered name, and of a version that it has."""
+        with self._transaction() as connection:
+            for name, number in self.directory.pins - pins:
+                gone = (schema.pins.c.name == name) & (schema.pins.c.number == number)
+                connection.execute(schema.pins.delete().where(gone))
+            for name, number in pins - self.directory.pins:
+                connection.execute(schema.pins.insert().values(name=name, number=number))
+        self.directory = replace(self.directory, pins=pins)
 
     def set_fingerprint(self, digests: Collection[str], base_fingerprint: str) -> None:
         """Note that the adapters `digests` were found to fit another base, in every version that has them."""
         with self._transaction() as connection:
             for digest in digests:
-                chosen = _versions.update().where(_versions.c.digest == digest)
+                chosen = schema.versions.update().where(schema.versions.c.digest == digest)
                 connection.execute(chosen.values(base_fingerprint=base_fingerprint))
         self.directory = self.read()
 
     def close(self) -> None:
         """Close the database."""
         self._engine.dispose()
-
-    def _set_name(self, adapter: NamedAdapter) -> None:
-        self.directory = Directory({**self.directory.names, adapter.name: adapter}, self.directory.aliases)
 
     @contextmanager
     def _transaction(self) -> Iterator[sa.Connection]:
@@ -161,6 +139,19 @@ class Catalog:
             raise
 
 
+def _metadata(row: sa.Row[Any]) -> Metadata:
+    return Metadata(row.description, tuple(row.tags), row.owner, row.default_sampling)
+
+
+def _row(metadata: Metadata) -> Mapping[str, Any]:
+    return {
+        "description": metadata.description,
+        "tags": list(metadata.tags),
+        "owner": metadata.owner,
+        "default_sampling": dict(metadata.default_sampling),
+    }
+
+
 def _version(row: sa.Row[Any]) -> Version:
     return Version(
         digest=row.digest,
@@ -169,9 +160,33 @@ def _version(row: sa.Row[Any]) -> Version:
         size_bytes=row.size_bytes,
         base_fingerprint=row.base_fingerprint,
         created_at=datetime.fromisoformat(row.created_at),
+        traits=AdapterTraits.from_json(row.traits),
+        source=row.source,
+        number=row.number,
     )
 
 
-def _configure(connection: Any, _record: object) -> None:
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=5000"):
-        connection.execute(f"PRAGMA {pragma}")
+def _version_row(version: Version) -> Mapping[str, Any]:
+    return {
+        "number": version.number,
+        "digest": version.digest,
+        "rank": version.rank,
+        "target_modules": list(version.target_modules),
+        "size_bytes": version.size_bytes,
+        "base_fingerprint": version.base_fingerprint,
+        "created_at": version.created_at.isoformat(),
+        "traits": version.traits.to_json(),
+        "source": version.source,
+    }
+
+
+def _alias(row: sa.Row[Any]) -> Alias:
+    return Alias(row.alias, _targets(row.targets), _targets(row.previous))
+
+
+def _targets(pairs: list[list[Any]]) -> tuple[AliasTarget, ...]:
+    return tuple(AliasTarget(name, weight) for name, weight in pairs)
+
+
+def _pairs(targets: tuple[AliasTarget, ...]) -> list[list[Any]]:
+    return [[target.name, target.weight] for target in targets]

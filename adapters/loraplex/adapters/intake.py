@@ -20,6 +20,7 @@ from loraplex.adapters.errors import CorruptStoreError, NotFoundError, Precondit
 from loraplex.adapters.folder import WEIGHTS_FILE, copy_adapter
 from loraplex.adapters.formats import Adapter, read_adapter
 from loraplex.adapters.store import BlobStore
+from loraplex.adapters.traits import AdapterTraits
 
 KEPT_REPORTS = 100
 
@@ -42,19 +43,24 @@ class Intake:
         self._reports: dict[str, BindReport] = {}
 
     @contextmanager
-    def candidate(self, folder: Path) -> Iterator[Candidate]:
+    def candidate(self, folder: Path, source: str, expected_digest: str = "") -> Iterator[Candidate]:
         """Copy the adapter in `folder`, check the copy (nobody else can change it), and remove it afterwards.
 
+        `source` says where it comes from; anything else than `expected_digest`, if there is one, is refused.
+
         Raises:
-            PreconditionError: the adapter cannot be served; `report_id` leads to all findings.
+            PreconditionError: the adapter cannot be served (then `report_id` leads to all findings) or is another one.
             ResourceExhaustedError: the disk is full.
         """
         with disk_full_is_typed("taking in an adapter"), self._store.staging() as staged:
             with self._refusals_kept():
                 copy_adapter(folder, staged)
                 adapter = read_adapter(staged)
-                bind(adapter, self._base)
-            yield Candidate(staged, self._version(adapter, (staged / WEIGHTS_FILE).stat().st_size))
+                bound = bind(adapter, self._base)
+            if expected_digest and adapter.digest != expected_digest:
+                raise PreconditionError(f"the adapter is {adapter.digest}, not the expected {expected_digest}")
+            size_bytes = (staged / WEIGHTS_FILE).stat().st_size
+            yield Candidate(staged, self._version(adapter, bound.traits, size_bytes, source))
 
     def load(self, digest: str) -> BoundAdapter:
         """Read `digest` from the store, check that it is what was stored, and bind it.
@@ -117,7 +123,7 @@ class Intake:
                     del self._reports[next(iter(self._reports))]
             raise
 
-    def _version(self, adapter: Adapter, size_bytes: int) -> Version:
+    def _version(self, adapter: Adapter, traits: AdapterTraits, size_bytes: int, source: str) -> Version:
         return Version(
             digest=adapter.digest,
             rank=max(pair.a.shape[0] for pair in adapter.pairs.values()),
@@ -125,4 +131,6 @@ class Intake:
             size_bytes=size_bytes,
             base_fingerprint=self._base.fingerprint,
             created_at=datetime.now(UTC),
+            traits=traits,
+            source=source,
         )

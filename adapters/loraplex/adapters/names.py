@@ -1,4 +1,4 @@
-"""The names of adapters: which are allowed, and how `name@sha256:...` selects one version.
+"""The names of adapters: which are allowed, and how `name@2` or `name@sha256:...` selects one version.
 
 Also the page tokens of listings sorted by name: the last name of a page, so that they stay valid when names change.
 """
@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import base64
 import re
+from dataclasses import dataclass
 
 from loraplex.adapters.errors import InvalidRequestError
 
 MAX_LENGTH = 128
 RESERVED = frozenset({"base"})
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(?:/[A-Za-z0-9._-]+)*")
+_NUMBER = re.compile(r"[1-9][0-9]{0,8}")
 
 
 def check_name(name: str, field: str = "name") -> str:
@@ -31,10 +33,28 @@ def check_name(name: str, field: str = "name") -> str:
     return name
 
 
-def split_selector(selector: str) -> tuple[str, str | None]:
-    """Split `name` or `name@sha256:...` into the name and the digest that it selects, if any."""
-    name, at, digest = selector.partition("@")
-    return name, digest if at else None
+@dataclass(frozen=True)
+class Selector:
+    """A name, and the one version that is asked for by its number or digest, if any; the digest may be a beginning."""
+
+    name: str
+    number: int | None = None
+    digest: str | None = None
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether no version is asked for."""
+        return self.number is None and self.digest is None
+
+
+def parse_selector(text: str) -> Selector:
+    """Read `name`, `name@2` or `name@sha256:...`; what stands behind the @ and is no number is taken for a digest."""
+    name, at, version = text.partition("@")
+    if not at:
+        return Selector(name)
+    if _NUMBER.fullmatch(version):
+        return Selector(name, number=int(version))
+    return Selector(name, digest=version)
 
 
 def encode_page_token(name: str) -> str:

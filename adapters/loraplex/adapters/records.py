@@ -5,26 +5,70 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 
+from loraplex.adapters.directory import NamedAdapter, Version
+from loraplex.adapters.metadata import Metadata
+from loraplex.adapters.traits import AdapterTraits
+
 
 @dataclass(frozen=True)
 class AdapterRecord:
     """One version of a registered name, as it was at the time of the call.
 
-    `target_modules` are names without layer numbers; `size_bytes` is the size of the stored weights; `created_at` is
-    when this version was registered (UTC). `problem` is empty, or says why the adapter cannot serve requests although
-    it is registered: its base or its stored weights have changed since.
+    Attributes:
+        adapter: the name with all its versions.
+        version: the one that this is about.
+        aliases: those that point at any version of the name.
+        pinned: whether its weights are to stay on the device.
+        problem: empty, or why it cannot serve requests although it is registered: its base or its stored weights have
+            changed since.
     """
 
-    name: str
-    digest: str
-    description: str
-    rank: int
-    target_modules: tuple[str, ...]
-    size_bytes: int
-    created_at: datetime
+    adapter: NamedAdapter
+    version: Version
     active_requests: int = 0
     aliases: tuple[str, ...] = ()
+    pinned: bool = False
     problem: str = ""
+
+    @property
+    def name(self) -> str:
+        """The registered name."""
+        return self.adapter.name
+
+    @property
+    def metadata(self) -> Metadata:
+        """What is told about the name."""
+        return self.adapter.metadata
+
+    @property
+    def digest(self) -> str:
+        """The version's content."""
+        return self.version.digest
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of any module."""
+        return self.version.rank
+
+    @property
+    def target_modules(self) -> tuple[str, ...]:
+        """Names without layer numbers."""
+        return self.version.target_modules
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of the stored weights."""
+        return self.version.size_bytes
+
+    @property
+    def created_at(self) -> datetime:
+        """When this version was registered (UTC)."""
+        return self.version.created_at
+
+    @property
+    def traits(self) -> AdapterTraits:
+        """How it wants to be used."""
+        return self.version.traits
 
 
 @dataclass(frozen=True)
@@ -37,7 +81,12 @@ class Registration:
 
 @dataclass(frozen=True)
 class Unregistration:
-    """A name taken away: what it meant, and how many requests still run on any of its versions."""
+    """A name or one of its versions taken away.
+
+    Attributes:
+        digest: what it meant.
+        active_requests: how many requests still run on any of the versions that went.
+    """
 
     digest: str
     active_requests: int

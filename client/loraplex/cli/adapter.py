@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +12,7 @@ from loraplex.cli.connection import DEFAULT_SERVER, JsonOption, ServerOption, co
 from loraplex.cli.sizes import format_size
 
 if TYPE_CHECKING:
-    from loraplex.client import Adapter, Registration
+    from loraplex.client import Adapter, AliasTarget, Registration
 
 app = typer.Typer(help="Register adapters on a running server and look after them.", no_args_is_help=True)
 
@@ -57,6 +58,29 @@ def upload(
 
         registration = client.upload_adapter(name, folder, description, progress=show)
     _show_registration(registration, as_json)
+
+
+@app.command()
+def download(
+    name: NameArgument,
+    folder: Annotated[Path, typer.Argument(help="A new folder, on this machine.")],
+    as_json: JsonOption = False,
+    server: ServerOption = DEFAULT_SERVER,
+) -> None:
+    """Write an adapter's files, as the server has them, into a new folder."""
+    from loraplex.cli.output import print_json, progress_bar
+    from loraplex.client import DownloadProgress
+
+    with connect(server) as client, progress_bar(f"Downloading {name}", of_bytes=True) as (bar, task):
+
+        def show(state: DownloadProgress) -> None:
+            bar.update(task, completed=state.bytes_received, total=state.bytes_total)
+
+        downloaded = client.download_adapter(name, folder, progress=show)
+    if as_json:
+        print_json(downloaded)
+    else:
+        typer.echo(f"downloaded {name} ({downloaded.digest}) to {downloaded.folder}")
 
 
 @app.command("list")
@@ -140,20 +164,29 @@ def unpin(name: NameArgument, server: ServerOption = DEFAULT_SERVER) -> None:
 @app.command()
 def alias(
     alias: Annotated[str, typer.Argument(help="The alias to make, move or delete.")],
-    name: Annotated[str, typer.Argument(help="The registered name that it points at from now on.")] = "",
+    targets: Annotated[
+        list[str] | None, typer.Argument(help="What it points at: NAME, NAME@VERSION, or several as TARGET=WEIGHT.")
+    ] = None,
     delete: Annotated[bool, typer.Option("--delete", help="Take the alias away.")] = False,
+    rollback: Annotated[bool, typer.Option("--rollback", help="Undo its last change.")] = False,
     server: ServerOption = DEFAULT_SERVER,
 ) -> None:
-    """Point an alias at a registered name, or take it away."""
-    if delete == bool(name):
-        raise typer.BadParameter("give either a name to point at or --delete", param_hint="NAME")
+    """Point an alias at a registered name, or at several with weights, in one step; or take it away."""
+    from loraplex.client import AliasTarget
+
+    if delete + rollback + bool(targets) != 1:
+        raise typer.BadParameter("give either targets, --delete or --rollback", param_hint="TARGETS")
     with connect(server) as client:
         if delete:
             client.delete_alias(alias)
             typer.echo(f"deleted the alias {alias}")
-            return
-        before = client.set_alias(alias, name)
-    typer.echo(f"{alias} -> {name}" + (f" (before: {before})" if before else ""))
+        elif rollback:
+            typer.echo(f"{alias} -> {_targets_text(client.rollback_alias(alias))}")
+        else:
+            weights = _weights(targets or [])
+            before = client.set_alias(alias, weights)
+            now = _targets_text([AliasTarget(name, weight) for name, weight in weights.items()])
+            typer.echo(f"{alias} -> {now}" + (f" (before: {_targets_text(before)})" if before else ""))
 
 
 @app.command()
@@ -173,6 +206,26 @@ def report(
     for entry in found.problems:
         typer.echo(f"{entry.subject}: {entry.problem}")
     typer.echo(f"{len(found.problems)} of {len(found.entries)} entries do not fit {found.base_fingerprint}", err=True)
+
+
+def _weights(targets: list[str]) -> dict[str, float]:
+    """Read `name` or `name=weight`."""
+    weights: dict[str, float] = {}
+    for target in targets:
+        name, _, weight = target.partition("=")
+        try:
+            weights[name] = float(weight or 1)
+        except ValueError as error:
+            raise typer.BadParameter(f"{weight!r} is not a number", param_hint="TARGETS") from error
+    return weights
+
+
+def _targets_text(targets: Sequence[AliasTarget]) -> str:
+    """Return targets with their shares, which a single one does not need."""
+    if len(targets) == 1:
+        return targets[0].name
+    total = sum(target.weight for target in targets)
+    return ", ".join(f"{target.name} ({target.weight / total:.1%})" for target in targets)
 
 
 def _show_registration(registration: Registration, as_json: bool) -> None:

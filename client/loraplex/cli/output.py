@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -32,6 +33,8 @@ def print_json(value: Any) -> None:
             return dataclasses.asdict(item)
         if isinstance(item, datetime):
             return item.isoformat()
+        if isinstance(item, Path):
+            return str(item)
         raise TypeError(f"{type(item).__name__} has no JSON form here")
 
     typer.echo(json.dumps(value, default=plain, indent=2, ensure_ascii=False))

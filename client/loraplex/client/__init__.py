@@ -4,6 +4,7 @@ from loraplex.client.async_client import AsyncClient
 from loraplex.client.async_streams import AsyncGenerationStream, AsyncMergeStream
 from loraplex.client.channel import DEFAULT_TARGET, ChannelOptions
 from loraplex.client.client import Client
+from loraplex.client.downloads import DownloadProgress
 from loraplex.client.errors import (
     AlreadyExistsError,
     CancelledError,
@@ -21,9 +22,11 @@ from loraplex.client.errors import (
 from loraplex.client.options import ChatMessage, Prompt, SamplingOptions
 from loraplex.client.results import (
     Adapter,
+    AliasTarget,
     BindEntry,
     BindReport,
     Choice,
+    DownloadedAdapter,
     FinishReason,
     Generation,
     GenerationPiece,
@@ -45,6 +48,7 @@ __all__ = [
     "DEFAULT_TARGET",
     "NO_RETRY",
     "Adapter",
+    "AliasTarget",
     "AlreadyExistsError",
     "AsyncClient",
     "AsyncGenerationStream",
@@ -57,6 +61,8 @@ __all__ = [
     "Choice",
     "Client",
     "DeadlineError",
+    "DownloadProgress",
+    "DownloadedAdapter",
     "ErrorDetails",
     "FieldViolation",
     "FinishReason",

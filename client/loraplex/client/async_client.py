@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar, Unpack
 
 from loraplex.client import requests
-from loraplex.client.async_streams import AsyncGenerationStream, AsyncMergeStream
+from loraplex.client.async_streams import AsyncGenerationStream, AsyncMergeStream, AsyncStream
 from loraplex.client.async_transport import AsyncTransport
 from loraplex.client.channel import DEFAULT_TARGET, ChannelOptions
 from loraplex.client.client import DEFAULT_TIMEOUT_S
+from loraplex.client.downloads import Download, DownloadProgress
 from loraplex.client.errors import DeadlineError, LoraplexClientError, UnavailableError
 from loraplex.client.options import Prompt, SamplingKeywords, SamplingOptions, combine
 from loraplex.client.results import (
     Adapter,
+    AliasTarget,
     BindReport,
+    DownloadedAdapter,
     Generation,
     HealthStatus,
     MergeBase,
@@ -122,6 +125,22 @@ class AsyncClient:
         upload = await asyncio.to_thread(Upload, name, Path(folder), description, progress)
         return await self._transport.unary(upload.call, self._timeout_or(timeout), upload)
 
+    async def download_adapter(
+        self,
+        name: str,
+        folder: str | Path,
+        *,
+        progress: Callable[[DownloadProgress], None] | None = None,
+        timeout: float | None = None,
+    ) -> DownloadedAdapter:
+        """Write the adapter's files as the server has them into the new local `folder`, checked, all or none."""
+        call = requests.download_adapter(name)
+        with await asyncio.to_thread(Download, Path(folder), progress) as download:
+            async with AsyncStream(call, *self._transport.opener(call, self._timeout_or(timeout))) as messages:
+                async for message in messages:
+                    await asyncio.to_thread(download.add, message)
+            return await asyncio.to_thread(download.finish)
+
     async def unregister_adapter(self, name: str, *, timeout: float | None = None) -> Unregistration:
         """Take a name away at once; requests in flight finish on the version they started with."""
         return await self._unary(requests.unregister_adapter(name), timeout)
@@ -159,9 +178,18 @@ class AsyncClient:
         """Let an adapter's weights be evicted again."""
         return await self._unary(requests.unpin_adapter(name), timeout)
 
-    async def set_alias(self, alias: str, name: str, *, timeout: float | None = None) -> str:
-        """Point `alias` at a registered name; return the name it pointed at before, empty if it is new."""
-        return await self._unary(requests.set_alias(alias, name), timeout)
+    async def set_alias(
+        self, alias: str, targets: str | Mapping[str, float], *, timeout: float | None = None
+    ) -> tuple[AliasTarget, ...]:
+        """Point `alias` at a registered name, or at several with their weights; return what it pointed at before.
+
+        A name may have a version (`name@2`); without one its latest answers.
+        """
+        return await self._unary(requests.set_alias(alias, targets), timeout)
+
+    async def rollback_alias(self, alias: str, *, timeout: float | None = None) -> tuple[AliasTarget, ...]:
+        """Take back the last change of `alias` and return what it points at now; a second call undoes the first."""
+        return await self._unary(requests.rollback_alias(alias), timeout)
 
     async def delete_alias(self, alias: str, *, timeout: float | None = None) -> None:
         """Take an alias away; the adapter stays."""

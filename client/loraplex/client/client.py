@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar, Unpack
 
 from loraplex.client import requests
 from loraplex.client.channel import DEFAULT_TARGET, ChannelOptions
+from loraplex.client.downloads import Download, DownloadProgress
 from loraplex.client.errors import DeadlineError, LoraplexClientError, UnavailableError
 from loraplex.client.options import Prompt, SamplingKeywords, SamplingOptions, combine
 from loraplex.client.results import (
     Adapter,
+    AliasTarget,
     BindReport,
+    DownloadedAdapter,
     Generation,
     HealthStatus,
     MergeBase,
@@ -24,7 +27,7 @@ from loraplex.client.results import (
     Unregistration,
 )
 from loraplex.client.retry import ReadinessWait, RetryPolicy
-from loraplex.client.streams import GenerationStream, MergeStream
+from loraplex.client.streams import GenerationStream, MergeStream, Stream
 from loraplex.client.transport import Transport
 from loraplex.client.uploads import Upload, UploadProgress
 
@@ -122,6 +125,22 @@ class Client:
         upload = Upload(name, Path(folder), description, progress)
         return self._transport.unary(upload.call, self._timeout_or(timeout), upload)
 
+    def download_adapter(
+        self,
+        name: str,
+        folder: str | Path,
+        *,
+        progress: Callable[[DownloadProgress], None] | None = None,
+        timeout: float | None = None,
+    ) -> DownloadedAdapter:
+        """Write the adapter's files as the server has them into the new local `folder`, checked, all or none."""
+        call = requests.download_adapter(name)
+        with Download(Path(folder), progress) as download:
+            with Stream(call, *self._transport.opener(call, self._timeout_or(timeout))) as messages:
+                for message in messages:
+                    download.add(message)
+            return download.finish()
+
     def unregister_adapter(self, name: str, *, timeout: float | None = None) -> Unregistration:
         """Take a name away at once; requests in flight finish on the version they started with."""
         return self._unary(requests.unregister_adapter(name), timeout)
@@ -157,9 +176,18 @@ class Client:
         """Let an adapter's weights be evicted again."""
         return self._unary(requests.unpin_adapter(name), timeout)
 
-    def set_alias(self, alias: str, name: str, *, timeout: float | None = None) -> str:
-        """Point `alias` at a registered name; return the name it pointed at before, empty if it is new."""
-        return self._unary(requests.set_alias(alias, name), timeout)
+    def set_alias(
+        self, alias: str, targets: str | Mapping[str, float], *, timeout: float | None = None
+    ) -> tuple[AliasTarget, ...]:
+        """Point `alias` at a registered name, or at several with their weights; return what it pointed at before.
+
+        A name may have a version (`name@2`); without one its latest answers.
+        """
+        return self._unary(requests.set_alias(alias, targets), timeout)
+
+    def rollback_alias(self, alias: str, *, timeout: float | None = None) -> tuple[AliasTarget, ...]:
+        """Take back the last change of `alias` and return what it points at now; a second call undoes the first."""
+        return self._unary(requests.rollback_alias(alias), timeout)
 
     def delete_alias(self, alias: str, *, timeout: float | None = None) -> None:
         """Take an alias away; the adapter stays."""

@@ -16,6 +16,7 @@ from loraplex.client.errors import InvalidRequestError
 from loraplex.client.options import ChatMessage, Prompt, SamplingOptions
 from loraplex.client.results import (
     Adapter,
+    AliasTarget,
     BindReport,
     Generation,
     GenerationPiece,
@@ -132,6 +133,12 @@ def register_adapter(name: str, path: str | Path, description: str) -> Call[Regi
     return Call(lambda stubs: stubs.adapters.RegisterAdapter, request, responses.registration, name)
 
 
+def download_adapter(name: str) -> Call[adapter_pb2.DownloadAdapterResponse]:
+    """Return the call that streams an adapter's files."""
+    request = adapter_pb2.DownloadAdapterRequest(name=name)
+    return Call(lambda stubs: stubs.adapters.DownloadAdapter, request, responses.download_part, name)
+
+
 def unregister_adapter(name: str) -> Call[Unregistration]:
     """Return the call that takes a name away."""
     request = adapter_pb2.UnregisterAdapterRequest(name=name)
@@ -175,10 +182,23 @@ def unpin_adapter(name: str) -> Call[Adapter]:
     return Call(lambda stubs: stubs.adapters.UnpinAdapter, request, responses.adapter_of, name)
 
 
-def set_alias(alias: str, name: str) -> Call[str]:
-    """Return the call that points an alias at a name; its result is the name it pointed at before."""
-    request = adapter_pb2.SetAliasRequest(alias=alias, targets=[adapter_pb2.AliasTarget(name=name, weight=1)])
-    return Call(lambda stubs: stubs.adapters.SetAlias, request, responses.previous_name, name)
+def set_alias(alias: str, targets: str | Mapping[str, float]) -> Call[tuple[AliasTarget, ...]]:
+    """Return the call that points an alias at a name, or at several with weights; its result is what it was before.
+
+    Raises:
+        InvalidRequestError: for a weight that is no number.
+    """
+    weights = {targets: 1.0} if isinstance(targets, str) else targets
+    with _field("targets"):
+        entries = [adapter_pb2.AliasTarget(name=name, weight=weight) for name, weight in weights.items()]
+    request = adapter_pb2.SetAliasRequest(alias=alias, targets=entries)
+    return Call(lambda stubs: stubs.adapters.SetAlias, request, responses.previous_targets)
+
+
+def rollback_alias(alias: str) -> Call[tuple[AliasTarget, ...]]:
+    """Return the call that takes back the last change of an alias; sent once, because a second one undoes the first."""
+    request = adapter_pb2.RollbackAliasRequest(alias=alias)
+    return Call(lambda stubs: stubs.adapters.RollbackAlias, request, responses.restored_targets, retried=False)
 
 
 def delete_alias(alias: str) -> Call[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import UTC
 from typing import Any
 
@@ -10,6 +11,7 @@ from grpc_health.v1 import health_pb2
 from loraplex.client.errors import InternalError
 from loraplex.client.results import (
     Adapter,
+    AliasTarget,
     BindEntry,
     BindReport,
     Choice,
@@ -149,9 +151,23 @@ def unregistration(message: adapter_pb2.UnregisterAdapterResponse) -> Unregistra
     return Unregistration(message.digest, message.active_requests)
 
 
-def previous_name(message: adapter_pb2.SetAliasResponse) -> str:
+def previous_targets(message: adapter_pb2.SetAliasResponse) -> tuple[AliasTarget, ...]:
     """Return what an alias pointed at before."""
-    return message.previous_targets[0].name if message.previous_targets else ""
+    return _targets(message.previous_targets)
+
+
+def restored_targets(message: adapter_pb2.RollbackAliasResponse) -> tuple[AliasTarget, ...]:
+    """Return what an alias points at again."""
+    return _targets(message.targets)
+
+
+def _targets(messages: Iterable[adapter_pb2.AliasTarget]) -> tuple[AliasTarget, ...]:
+    return tuple(AliasTarget(message.name, message.weight) for message in messages)
+
+
+def download_part(message: adapter_pb2.DownloadAdapterResponse) -> adapter_pb2.DownloadAdapterResponse:
+    """Return the message as it is: `Download` reads it."""
+    return message
 
 
 def nothing(message: adapter_pb2.DeleteAliasResponse) -> None:

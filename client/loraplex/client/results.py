@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 
 
 class FinishReason(enum.StrEnum):
@@ -129,6 +130,22 @@ class Registration:
 
     adapter: Adapter
     previous_digest: str
+
+
+@dataclass(frozen=True)
+class AliasTarget:
+    """What an alias points at: a name, or one with a version, and its share of the requests."""
+
+    name: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class DownloadedAdapter:
+    """A version as it was stored, in a new folder on this machine."""
+
+    digest: str
+    folder: Path
 
 
 @dataclass(frozen=True)

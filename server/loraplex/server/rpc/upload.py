@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor
 from typing import TypeVar
 
+from loraplex.adapters.metadata import MetadataChange
 from loraplex.adapters.records import Registration
 from loraplex.adapters.registry import AdapterRegistry
 from loraplex.adapters.upload import UploadFile, UploadStager
@@ -37,7 +38,8 @@ async def receive_upload(
             # On a thread, one after the other: hashing and writing megabytes would hold up every stream.
             await _finish(executor, stager.write, message.chunk.file, message.chunk.data)
         folder = await _finish(executor, stager.finish)
-        return await _finish(executor, registry.register_upload, header.name, folder, header.description)
+        change = MetadataChange(description=header.description or None)
+        return await _finish(executor, registry.register_upload, header.name, folder, change, header.expected_digest)
 
 
 async def _finish(executor: Executor, function: Callable[..., T], *args: object) -> T:
