@@ -91,7 +91,7 @@ def build_engine(
     dtype = adapter_dtype(model, config)
 
     def load(digest: str) -> PackedAdapter:
-        return pack_adapter(load_adapter(digest), model.decoder.sites, dtype, device)
+        return pack_adapter(load_adapter(digest), model.decoder.sites, dtype, device, model.decoder.base)
 
     blocks = BlockManager(
         limits.num_blocks,

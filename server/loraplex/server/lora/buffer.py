@@ -24,6 +24,7 @@ class Buffer:
         self.nbytes = 0
         """Handed out so far, gaps included."""
         self._memory = memory
+        self._once: dict[tuple[int, tuple[int, ...], torch.dtype], torch.Tensor] = {}
 
     def put(self, shape: tuple[int, ...], dtype: torch.dtype, values: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Return the next tensor, filled with what `values` returns, which is not called where there is no memory."""
@@ -32,6 +33,14 @@ class Buffer:
         if self._memory is None:
             return torch.empty(shape, dtype=dtype, device="meta")
         return self._memory[start : start + size].view(dtype).view(shape).copy_(values())
+
+    def put_once(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return a copy of `tensor`, the same one as before if the same memory has been put so already."""
+        shape = tuple(tensor.shape)
+        key = (tensor.data_ptr(), shape, dtype)
+        if key not in self._once:
+            self._once[key] = self.put(shape, dtype, lambda: tensor)
+        return self._once[key]
 
 
 def moved(tensor: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:

@@ -6,76 +6,86 @@ Knows nothing about slots or segments.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
-from loraplex.adapters.binding import BoundAdapter, ModuleWeights
+from loraplex.adapters.binding import BoundAdapter
+from loraplex.server.lora.base import BaseParameters
 from loraplex.server.lora.buffer import Buffer
+from loraplex.server.lora.changes import SiteChanges
+from loraplex.server.lora.site_packing import SitePacker
 from loraplex.server.lora.weights import LinearSite, PackedAdapter, SliceWeights
-
-# Per site, the modules that an adapter changes there, each with the start and end of its slice.
-Placed = Sequence[Sequence[tuple[ModuleWeights, int, int]]]
 
 
 def pack_adapter(
-    bound: BoundAdapter, sites: Sequence[LinearSite], dtype: torch.dtype, device: torch.device
+    bound: BoundAdapter,
+    sites: Sequence[LinearSite],
+    dtype: torch.dtype,
+    device: torch.device,
+    base: BaseParameters | None = None,
 ) -> PackedAdapter:
-    """Copy `bound` into one block of memory on `device`, arranged by site, scaling folded into B.
+    """Copy `bound` into one block of memory on `device`, arranged by site.
 
-    The fold happens in float32, before the one rounding to `dtype`.
+    Scalings, and DoRA's factors, are folded into B in float32, before the one rounding to `dtype`. `base` may be left
+    out for plain LoRA.
 
     Raises:
-        ValueError: if a module of the adapter belongs to no site (it would silently have no effect), or if its
-            shapes do not fit the site.
+        ValueError: if a part of the adapter has no place in the model (it would silently have no effect), if its shapes
+            do not fit there, or if it is no plain LoRA and there is no `base`.
     """
-    placed = _place(bound, sites)
-    nbytes = _nbytes(placed, dtype)
-    memory = torch.zeros(nbytes, dtype=torch.uint8, device=device)
-    rank = max((weights.rank for weights in bound.modules.values()), default=0)
-    return PackedAdapter(bound.digest, _pack(placed, dtype, Buffer(memory)), nbytes, rank, memory)
+    packing = _Packing(bound, sites, dtype, base)
+    memory = torch.zeros(packing.nbytes, dtype=torch.uint8, device=device)
+    return packing.into(memory)
 
 
-def packed_nbytes(bound: BoundAdapter, sites: Sequence[LinearSite], dtype: torch.dtype) -> int:
+def packed_nbytes(
+    bound: BoundAdapter, sites: Sequence[LinearSite], dtype: torch.dtype, base: BaseParameters | None = None
+) -> int:
     """Return the `nbytes` that `pack_adapter` would need, without copying anything.
 
     Raises:
         ValueError: as `pack_adapter` does.
     """
-    return _nbytes(_place(bound, sites), dtype)
+    return _Packing(bound, sites, dtype, base).nbytes
 
 
-def _place(bound: BoundAdapter, sites: Sequence[LinearSite]) -> Placed:
-    """Return per site the adapter's (weights, start, end) by start."""
-    known = {name for site in sites for name in site.targets}
-    stray = sorted(set(bound.modules) - known)
-    if stray:
-        raise ValueError(f"adapter {bound.digest} has weights for modules that the model does not have: {stray[:20]}")
-    placed = []
-    for site in sites:
-        here = [(bound.modules[name], *span) for name, span in site.targets.items() if name in bound.modules]
-        for weights, start, end in here:
-            expected = ((weights.rank, site.in_features), (end - start, weights.rank))
-            if (tuple(weights.a.shape), tuple(weights.b.shape)) != expected:
-                raise ValueError(
-                    f"adapter {bound.digest} at {site.name}[{start}:{end}]: A {tuple(weights.a.shape)} and "
-                    f"B {tuple(weights.b.shape)} instead of {expected[0]} and {expected[1]}"
-                )
-        placed.append(sorted(here, key=lambda entry: entry[1]))
-    return placed
+class _Packing:
+    """One adapter on its way into memory: every part has its place, its size is known."""
+
+    def __init__(
+        self, bound: BoundAdapter, sites: Sequence[LinearSite], dtype: torch.dtype, base: BaseParameters | None
+    ) -> None:
+        self._bound = bound
+        self._sites = [SitePacker(bound, index, site, dtype, base) for index, site in enumerate(sites)]
+        self._refuse_strays()
+        counted = Buffer()
+        self._fill(counted)
+        self.nbytes = counted.nbytes
+
+    def into(self, memory: torch.Tensor) -> PackedAdapter:
+        """Copy everything into `memory`, (nbytes,) uint8."""
+        parts = self._fill(Buffer(memory))
+        rank = max((weights.rank for weights in self._bound.modules.values()), default=0)
+        return PackedAdapter(self._bound.digest, parts.sites, self.nbytes, rank, memory, parts.changes)
+
+    def _fill(self, buffer: Buffer) -> _Parts:
+        packed = [site.pack(buffer) for site in self._sites]
+        changes = {index: change for index, (_, change) in enumerate(packed) if change is not None}
+        return _Parts(tuple(slices for slices, _ in packed), changes)
+
+    def _refuse_strays(self) -> None:
+        bound, known = self._bound, {name for site in self._sites for name in site.names}
+        given = {f"{name} (A and B)": name for name in bound.modules}
+        given |= {name: name for name in (*bound.parameters, *bound.token_rows)}
+        stray = sorted(shown for shown, name in given.items() if name not in known)
+        if stray:
+            raise ValueError(f"adapter {bound.digest} has weights for what the model does not have: {stray[:20]}")
 
 
-def _nbytes(placed: Placed, dtype: torch.dtype) -> int:
-    counted = Buffer()
-    _pack(placed, dtype, counted)
-    return counted.nbytes
+@dataclass(frozen=True)
+class _Parts:
+    """What lies in a buffer."""
 
-
-def _pack(placed: Placed, dtype: torch.dtype, buffer: Buffer) -> tuple[tuple[SliceWeights, ...], ...]:
-    return tuple(tuple(_slice(*entry, dtype, buffer) for entry in modules) for modules in placed)
-
-
-def _slice(weights: ModuleWeights, start: int, end: int, dtype: torch.dtype, buffer: Buffer) -> SliceWeights:
-    rank, in_features = weights.a.shape
-    a = buffer.put((rank, in_features), dtype, lambda: weights.a.float())
-    b_t = buffer.put((rank, end - start), dtype, lambda: (weights.b.float() * weights.scaling).T)
-    return SliceWeights(a, b_t, start, end)
+    sites: tuple[tuple[SliceWeights, ...], ...]
+    changes: dict[int, SiteChanges]

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 
 from loraplex.server.lora.buffer import moved
+from loraplex.server.lora.changes import SiteChanges
 
 TABLE_FIELDS = 5
 
@@ -52,8 +53,9 @@ class SliceWeights:
 
 @dataclass(frozen=True)
 class PackedAdapter:
-    """An adapter ready to be used: for each site of the model, in the model's order, the slices that it changes.
+    """An adapter ready to be used: for each site of the model, in the model's order, the slices that it adds to.
 
+    `changes` is what it does to sites beyond that, by the site's index; empty for plain LoRA.
     `memory` is one block that holds them, (nbytes,) uint8; `nbytes` its size; `rank` the largest rank among them (0 for
     an adapter without weights).
 
@@ -67,17 +69,20 @@ class PackedAdapter:
     nbytes: int
     rank: int
     memory: torch.Tensor | None = field(default=None, repr=False, compare=False)
+    changes: Mapping[int, SiteChanges] = field(default_factory=dict)
     table: npt.NDArray[np.int64] = field(init=False, repr=False, compare=False)
     extents: npt.NDArray[np.int64] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Derive `table` and `extents` from `sites`."""
+        """Derive `table` and `extents` from `sites` and `changes`."""
         table = np.zeros((len(self.sites), max(map(len, self.sites), default=0), TABLE_FIELDS), dtype=np.int64)
         extents = np.zeros((len(self.sites), 2), dtype=np.int64)
         for index, slices in enumerate(self.sites):
             for position, s in enumerate(slices):
                 table[index, position] = (s.a.data_ptr(), s.b_t.data_ptr(), s.rank, s.start, s.end - s.start)
                 extents[index] = (s.a.shape[1], max(extents[index, 1], s.end))
+        for index, site in self.changes.items():
+            extents[index] = (site.in_features, site.out_features)
         object.__setattr__(self, "table", table)
         object.__setattr__(self, "extents", extents)
 
@@ -94,4 +99,5 @@ class PackedAdapter:
         sites = tuple(
             tuple(replace(s, a=moved(s.a, memory), b_t=moved(s.b_t, memory)) for s in slices) for slices in self.sites
         )
-        return replace(self, sites=sites, memory=memory)
+        changes = {index: site.moved(memory) for index, site in self.changes.items()}
+        return replace(self, sites=sites, changes=changes, memory=memory)

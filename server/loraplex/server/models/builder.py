@@ -14,6 +14,7 @@ import torch
 
 from loraplex.server.attention.interface import Attention, AttentionParams
 from loraplex.server.errors import ModelLoadError
+from loraplex.server.lora.base import BaseParameters
 from loraplex.server.models.activations import make_activation
 from loraplex.server.models.config import DecoderConfig
 from loraplex.server.models.decoder import Decoder, DecoderLayer, DecoderParts, Projection
@@ -135,7 +136,18 @@ class DecoderBuilder:
         if self.tied and isinstance(parts.lm_head, DenseLinear) and embedding.dtype == self._activations:
             self.weight_bytes -= embedding.nbytes  # the same memory
         sites = [linear.site for linear in self._layout.linears]
-        return Decoder(self._config, parts, sites, attention, self._activations)
+        return Decoder(self._config, parts, sites, self._base(), attention, self._activations)
+
+    def _base(self) -> BaseParameters:
+        modules = [module for linear in self._layout.linears for module in linear.modules]
+        across = {f"{module.name}.weight" for module in modules if module.name != LM_HEAD}
+        biases = {name: self._vectors[name] for name in (f"{module.name}.bias" for module in modules if module.bias)}
+        return BaseParameters(
+            weights=[self._linears[site] for site in range(len(self._layout.linears))],
+            biases={name: bias.to(self._activations) for name, bias in biases.items()},
+            activations=self._activations,
+            stored_across=across if self._layout.names.conv1d else (),
+        )
 
     def _make_embeddings(self) -> bool:
         """Settle the embedding matrix and make lm_head; return whether lm_head is made of the same tensor."""

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from loraplex.server.attention.interface import Attention, AttentionParams
 from loraplex.server.engine.batch import Batch
 from loraplex.server.engine.kv_cache import KVCache, LayerKVCache
+from loraplex.server.lora.base import BaseParameters
 from loraplex.server.lora.ops.interface import LoraContext
 from loraplex.server.lora.weights import LinearSite
 from loraplex.server.models.activations import Activation
@@ -111,12 +112,15 @@ class Decoder:
         config: DecoderConfig,
         parts: DecoderParts,
         sites: Sequence[LinearSite],
+        base: BaseParameters,
         attention: Attention,
         dtype: torch.dtype,
     ) -> None:
         """Take `parts`, numbered as `sites` are: qkv, o, gate_up and down of each layer, then lm_head."""
         self.config = config
         self.sites = tuple(sites)
+        self.base = base
+        """What adapters other than plain LoRA change or are computed from."""
         projections = [p for layer in parts.layers for p in (layer.qkv, layer.o, layer.gate_up, layer.down)]
         self.linears = (*(projection.linear for projection in projections), parts.lm_head)
         """The packed product at each site."""

@@ -42,7 +42,7 @@ class Linear(ABC):
 
     @abstractmethod
     def dequantize(self) -> torch.Tensor:
-        """Return W (out_features, in_features) in float32: exactly what the stored weights stand for, at any time."""
+        """Return a new tensor W (out_features, in_features) float32: exactly what the stored weights stand for."""
 
     @property
     @abstractmethod

@@ -1,4 +1,7 @@
-"""The LoRA operator for CPUs: a compiled kernel for short segments, torch's matrix products for long ones."""
+"""The LoRA operator for CPUs: a compiled kernel for short segments, torch's matrix products for long ones.
+
+What few adapters do beside A and B (`SiteChanges`) is left to torch; a step without such adapters asks once a site.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from loraplex.server.lora.changes import SiteChanges
 from loraplex.server.lora.ops import cpu_kernel as kernel
+from loraplex.server.lora.ops.site_changes import add_biases, change_output
 from loraplex.server.lora.segments import Segment
 from loraplex.server.lora.weights import PackedAdapter, SliceWeights
 from loraplex.server.native.team import Kernel
@@ -34,7 +39,8 @@ class _Prepared:
     """One step's segments. `kept` owns the memory that `arguments` points into, adapters included.
 
     `extents` is per site the (in_features, smallest out_features) that the adapters need, (0, 0) where there is nothing
-    to do; `end` is the end of the last segment; `run` is None where no segment is short.
+    to do; `end` is the end of the last segment; `run` is None where no segment is short. `changes` is by site; empty
+    where no adapter has any.
     """
 
     run: Kernel | None
@@ -45,6 +51,7 @@ class _Prepared:
     long: tuple[tuple[Segment, PackedAdapter], ...]
     extents: tuple[tuple[int, int], ...]
     end: int
+    changes: tuple[tuple[tuple[Segment, SiteChanges], ...], ...]
 
 
 class CpuLoraOps:
@@ -65,7 +72,8 @@ class CpuLoraOps:
         dtypes = {adapter.dtype for adapter in adapters if adapter.rank}
         if len(dtypes) > 1:
             raise ValueError(f"the adapters of one call are of one dtype, not {dtypes}")
-        short = [entry for entry in chosen if _is_short(*entry)]
+        low_rank = [entry for entry in chosen if entry[1].rank]
+        short = [entry for entry in low_rank if _is_short(*entry)]
         threads = torch.get_num_threads()
         if sum((segment.end - segment.start) * adapter.rank for segment, adapter in short) < MIN_PARALLEL_WORK:
             threads = 1
@@ -76,18 +84,22 @@ class CpuLoraOps:
             address=arguments.ctypes.data,
             threads=threads,
             kept=(kept, adapters),
-            long=tuple(entry for entry in chosen if not _is_short(*entry)),
+            long=tuple(entry for entry in low_rank if not _is_short(*entry)),
             extents=_extents(adapters),
             end=max((segment.end for segment in segments), default=0),
+            changes=_changes(chosen),
         )
 
     def add(self, y: torch.Tensor, x: torch.Tensor, site: int, prepared: Any) -> None:
-        """Add every segment's part to `y` in place."""
+        """Do every segment's part to `y` in place."""
         step: _Prepared = prepared
         in_features, out_features = step.extents[site] if step.extents else _NOTHING
         if not in_features:
             return
         _check(y, x, in_features, out_features, step.end)
+        changes = step.changes[site] if step.changes else ()
+        for segment, change in changes:
+            change_output(y, x, segment, change)
         if x.dtype is not torch.float32:
             x = x.float()
         if step.run is not None:
@@ -98,6 +110,8 @@ class CpuLoraOps:
             step.run(step.address, step.threads)
         for segment, adapter in step.long:
             _add_long(y, x, segment, adapter.sites[site])
+        for segment, change in changes:
+            add_biases(y, segment, change)
 
 
 def warm_up(weights: torch.dtype) -> None:
@@ -164,6 +178,20 @@ def _extents(adapters: Sequence[PackedAdapter]) -> tuple[tuple[int, int], ...]:
     if not adapters:
         return ()
     return tuple(map(tuple, np.maximum.reduce([adapter.extents for adapter in adapters]).tolist()))
+
+
+def _changes(
+    chosen: Sequence[tuple[Segment, PackedAdapter]],
+) -> tuple[tuple[tuple[Segment, SiteChanges], ...], ...]:
+    """Return per site the segments whose adapters change it, and how."""
+    changing = [(segment, adapter) for segment, adapter in chosen if adapter.changes]
+    if not changing:
+        return ()
+    sites = range(max(len(adapter.sites) for _, adapter in changing))
+    return tuple(
+        tuple((segment, adapter.changes[site]) for segment, adapter in changing if site in adapter.changes)
+        for site in sites
+    )
 
 
 def _check(y: torch.Tensor, x: torch.Tensor, in_features: int, out_features: int, end: int) -> None:

@@ -18,8 +18,10 @@ class LoraOps(Protocol):
     Semantics:
         for each segment and each slice (A, B_t, start, end) of its adapter at the site:
             y[t, start:end] += segment.scale * (x[t] @ A^T) @ B_t      for t in segment.start:segment.end
-    Accumulated in float32 whatever the dtypes of x, y and the weights; y is rounded once. The result is
-    deterministic, and a token's does not depend on which other segments are present.
+        where the adapter changes the site in other ways too, before and after that what `SiteChanges` says.
+    Accumulated in float32 whatever the dtypes of x, y and the weights; y is rounded once by the slices, and at most
+    once by each other change. The result is deterministic, and a token's does not depend on which other segments are
+    present.
     """
 
     def prepare(self, segments: Sequence[Segment], slots: Mapping[int, PackedAdapter]) -> object:

@@ -8,8 +8,11 @@ from typing import Any
 
 import torch
 
+from loraplex.server.lora.changes import SiteChanges
 from loraplex.server.lora.segments import Segment
 from loraplex.server.lora.weights import PackedAdapter
+
+_NOTHING = SiteChanges(0, 0)
 
 
 @dataclass(frozen=True)
@@ -27,17 +30,28 @@ class ReferenceLoraOps:
         return _Prepared(tuple((segment, slots[segment.slot]) for segment in segments))
 
     def add(self, y: torch.Tensor, x: torch.Tensor, site: int, prepared: Any) -> None:
-        """Add every segment's part to `y` in place."""
+        """Do every segment's part to `y` in place."""
         for segment, adapter in prepared.parts:
             add_segment(y, x, segment, adapter, site)
 
 
 def add_segment(y: torch.Tensor, x: torch.Tensor, segment: Segment, adapter: PackedAdapter, site: int) -> None:
-    """Add one segment's part to `y` in place: float32 products, one rounding to y's dtype at the end."""
+    """Do one segment's part to `y` in place: all in float32, one rounding to y's dtype at the end."""
     if segment.end > y.shape[0]:
         raise ValueError(f"segment {segment} lies outside the {y.shape[0]} tokens")
+    inputs = x[segment.start : segment.end].float()
+    outputs = y[segment.start : segment.end].to(torch.float32, copy=True)
+    changes = adapter.changes.get(site, _NOTHING)
+    for columns in changes.columns:
+        outputs[:, columns.start : columns.end] = inputs @ columns.weight.float().T
+    for rows in changes.rows:
+        outputs[:, rows.tokens] = inputs @ rows.rows.float().T
+    if changes.factors is not None:
+        outputs *= changes.factors
     for part in adapter.sites[site]:
-        hidden = x[segment.start : segment.end].float() @ part.a.float().T  # (tokens, rank)
-        delta = hidden @ part.b_t.float()  # (tokens, width)
-        columns = y[segment.start : segment.end, part.start : part.end]
-        columns.copy_(columns.float() + segment.scale * delta)
+        outputs[:, part.start : part.end] += segment.scale * (inputs @ part.a.float().T @ part.b_t.float())
+    if changes.scaled_bias is not None:
+        outputs += segment.scale * changes.scaled_bias
+    if changes.bias is not None:
+        outputs += changes.bias
+    y[segment.start : segment.end] = outputs
