@@ -146,3 +146,5 @@ def test_requests_in_flight_finish_on_what_they_started_with(own: RunningServer,
     answer = stream.collect()
     assert answer.adapter_digest == old
     assert answer.choices[0].token_ids == alone
+    eventually(lambda: own.metric('adapters{tier="host"}') == 0, "no tier keeps what has no name")
+    assert own.metric('adapters{tier="device"}') == 0

@@ -14,9 +14,9 @@ from loraplex.adapters.formats import read_adapter
 from loraplex.server.config import EngineConfig
 from loraplex.server.engine.build import build_engine
 from loraplex.server.engine.commands import AddRequest, PinAdapter, Stop
-from loraplex.server.engine.engine import Engine
+from loraplex.server.engine.engine import Engine, EngineOutput
 from loraplex.server.engine.request import ChoiceDelta, FinishReason, GenerationRequest, Logprobs, RequestOutput
-from loraplex.server.engine.stats import NullObserver, RequestStats, SlotStats, StepStats
+from loraplex.server.engine.stats import LoadStats, MemoryStats, NullObserver, RequestStats, StepStats
 from loraplex.server.errors import LoraplexError
 from loraplex.server.models.loader import LoadedModel
 from loraplex.server.tokenizer import Tokenizer
@@ -30,9 +30,10 @@ class Outputs:
     def __init__(self) -> None:
         self._by_request: dict[str, list[RequestOutput]] = {}
 
-    def __call__(self, outputs: Sequence[RequestOutput]) -> None:
+    def __call__(self, outputs: Sequence[EngineOutput]) -> None:
         for output in outputs:
-            self._by_request.setdefault(output.request_id, []).append(output)
+            if isinstance(output, RequestOutput):
+                self._by_request.setdefault(output.request_id, []).append(output)
 
     def tokens(self, request_id: str, choice: int = 0) -> list[int]:
         return [token for delta in self._deltas(request_id, choice) for token in delta.token_ids]
@@ -62,7 +63,7 @@ class Recorder(NullObserver):
     def __init__(self) -> None:
         self.steps: list[StepStats] = []
         self.requests: list[RequestStats] = []
-        self.slots: SlotStats | None = None
+        self.memory: MemoryStats | None = None
 
     def on_step(self, stats: StepStats) -> None:
         self.steps.append(stats)
@@ -70,8 +71,8 @@ class Recorder(NullObserver):
     def on_request(self, stats: RequestStats) -> None:
         self.requests.append(stats)
 
-    def on_slots(self, stats: SlotStats) -> None:
-        self.slots = stats
+    def on_memory(self, stats: MemoryStats, loads: Sequence[LoadStats]) -> None:
+        self.memory = stats
 
 
 class EngineRun:

@@ -252,8 +252,8 @@ def check(example: Example, tally: Tally) -> None:
         tally.preemptions += recorder.steps[-1].num_preemptions
         tally.prefix_hits += recorder.steps[-1].prefix_hits
         tally.largest_mix = max(tally.largest_mix, *(step.num_adapters for step in recorder.steps))
-    if recorder.slots is not None:
-        tally.evictions += recorder.slots.evictions
+    if recorder.memory is not None:
+        tally.evictions += recorder.memory.device.evictions
 
 
 def run_example(world: World, actions: list[Action], budgets: Budgets, tally: Tally) -> None:

@@ -24,9 +24,10 @@ from loraplex.server.engine.kv_cache import KVCache, KVCacheShape
 from loraplex.server.engine.model_runner import ModelRunner
 from loraplex.server.engine.scheduler import Scheduler
 from loraplex.server.engine.stats import EngineObserver, NullObserver
+from loraplex.server.lora.loads import AdapterLoader
 from loraplex.server.lora.ops.interface import LoraContext
 from loraplex.server.lora.segments import Segment
-from loraplex.server.lora.slots import AdapterLoader, SlotPool
+from loraplex.server.lora.tiers import AdapterTiers
 from loraplex.server.lora.weights import PackedAdapter
 from loraplex.server.tokenizer import Tokenizer
 
@@ -121,16 +122,17 @@ def make_engine(
     decoder: FakeDecoder | None = None,
     num_blocks: int = 64,
     capacity: int = 100,
+    host_capacity: int = 0,
     load: AdapterLoader = packed,
     observer: EngineObserver | None = None,
     max_model_len: int = 200,
     **config: object,
 ) -> Engine:
-    """Build an engine around a FakeDecoder; each adapter takes one byte of `capacity`."""
+    """Build an engine around a FakeDecoder; each adapter takes one byte of the capacities."""
     settings = {"max_num_seqs": 4, "max_num_batched_tokens": 16, "block_size": 4, **config}
     engine_config = EngineConfig(**settings)  # type: ignore[arg-type]
     blocks = BlockManager(num_blocks, engine_config.block_size, caching=engine_config.enable_prefix_caching)
-    slots = SlotPool(load, capacity, on_load=lambda: engine.wake())
+    slots = AdapterTiers(load, capacity, host_capacity, on_load=lambda: engine.wake())
     shape = KVCacheShape(1, 1, 1, engine_config.block_size, torch.float64)
     device = torch.device("cpu")
     runner = ModelRunner(

@@ -290,6 +290,7 @@ def test_serve_options(run: Run, configs: list[ServerConfig]) -> None:
             *("--metrics-host", "::", "--metrics-port", 2, "--grace-period", 3.5, "--log-level", "debug"),
             *("--max-num-seqs", 4, "--max-num-batched-tokens", 5, "--max-model-len", 6, "--max-waiting", 7),
             *("--block-size", 8, "--kv-cache-memory", "9MiB", "--adapter-device-memory", "1.5GiB", "--threads", 10),
+            *("--adapter-host-memory", "3GiB"),
             *("--adapter-dtype", "float32", "--no-prefix-caching"),
         )
     )
@@ -304,6 +305,7 @@ def test_serve_options(run: Run, configs: list[ServerConfig]) -> None:
                 block_size=8,
                 kv_cache_memory=9 * MIB,
                 adapter_device_memory=1536 * MIB,
+                adapter_host_memory=3 * 1024 * MIB,
                 adapter_dtype="float32",
                 enable_prefix_caching=False,
                 threads=10,

@@ -11,15 +11,16 @@ from hypothesis import strategies as st
 
 from loraplex.server.engine.commands import (
     AbortRequest,
+    AdapterForgotten,
     AddRequest,
     ForgetAdapter,
     PinAdapter,
     Stop,
     UnpinAdapter,
 )
-from loraplex.server.engine.engine import Engine
+from loraplex.server.engine.engine import Engine, EngineOutput
 from loraplex.server.engine.request import FinishReason, GenerationRequest, RequestOutput, SamplingParams, Usage
-from loraplex.server.engine.stats import NullObserver, RequestStats, StepStats
+from loraplex.server.engine.stats import AdapterMemory, FreedMemory, NullObserver, RequestStats, StepStats
 from loraplex.server.errors import (
     DeadlineError,
     EngineError,
@@ -36,10 +37,15 @@ class Outbox:
     """Collects what the engine publishes."""
 
     outputs: dict[str, list[RequestOutput]] = field(default_factory=dict)
+    forgotten: dict[int, FreedMemory] = field(default_factory=dict)
 
-    def __call__(self, outputs: Sequence[RequestOutput]) -> None:
+    def __call__(self, outputs: Sequence[EngineOutput]) -> None:
         for output in outputs:
-            self.outputs.setdefault(output.request_id, []).append(output)
+            if isinstance(output, AdapterForgotten):
+                assert output.ticket not in self.forgotten, "a ticket is answered once"
+                self.forgotten[output.ticket] = output.freed
+            else:
+                self.outputs.setdefault(output.request_id, []).append(output)
 
     def tokens(self, request_id: str, choice: int = 0) -> list[int]:
         deltas = [c for o in self.outputs.get(request_id, []) for c in o.choices if c.index == choice]
@@ -103,19 +109,26 @@ ACTIONS = st.lists(
     actions=ACTIONS,
     num_blocks=st.integers(14, 30),
     capacity=st.integers(1, 5),
+    host_capacity=st.integers(0, 8),
     caching=st.booleans(),
     fanout=st.integers(1, 3),
 )
 def test_every_request_gets_its_own_answer(
-    actions: list[Action], num_blocks: int, capacity: int, caching: bool, fanout: int
+    actions: list[Action], num_blocks: int, capacity: int, host_capacity: int, caching: bool, fanout: int
 ) -> None:
     """Arrivals, cancellations, preemptions, evictions and unregistrations in any order change no request's tokens."""
     outbox = Outbox()
     engine = make_engine(
-        outbox, num_blocks=num_blocks, capacity=capacity, enable_prefix_caching=caching, max_model_len=56
+        outbox,
+        num_blocks=num_blocks,
+        capacity=capacity,
+        host_capacity=host_capacity,
+        enable_prefix_caching=caching,
+        max_model_len=56,
     )
     added: dict[str, GenerationRequest] = {}
     aborted: set[str] = set()
+    forgets = 0
     for kind, a, b, c in actions:
         if kind == "add":
             # Few different prompts, so that prefixes are shared; scale 0.5 for one adapter in three.
@@ -134,12 +147,14 @@ def test_every_request_gets_its_own_answer(
             aborted.add(f"r{a}")
             engine.submit(AbortRequest(f"r{a}"))
         elif kind == "forget":
-            engine.submit(ForgetAdapter(f"adapter-{a}"))
+            engine.submit(ForgetAdapter(f"adapter-{a}", ticket=forgets))
+            forgets += 1
         elif kind == "step":
             for _ in range(a):
                 engine.step()
                 check_integrity(engine)
     run(engine)
+    engine.step()  # a request that was aborted last ended before anything ran
     check_integrity(engine)
     for name, req in added.items():
         count = req.params.max_tokens
@@ -151,6 +166,7 @@ def test_every_request_gets_its_own_answer(
             else:
                 assert tokens == expected
     assert engine._parts.blocks.num_free_blocks == num_blocks
+    assert len(outbox.forgotten) == forgets
 
 
 def test_adapters_and_base_share_a_step() -> None:
@@ -233,6 +249,43 @@ def test_pins_keep_an_adapter_and_can_fill_the_memory() -> None:
     engine.submit(AddRequest(request("s", [1], adapter_digest="other")))
     run(engine)
     assert outbox.tokens("s") == expected_tokens([1], 8, "other")
+
+
+def test_an_adapter_is_forgotten_with_its_last_request() -> None:
+    outbox = Outbox()
+    engine = make_engine(outbox, host_capacity=10, load=lambda digest: packed(digest, 2), max_num_seqs=1)
+    for name in ("running", "waiting"):
+        engine.submit(AddRequest(request(name, [1], adapter_digest="x")))
+    while not outbox.outputs:
+        engine.step()
+    engine.submit(ForgetAdapter("x", ticket=1))
+    engine.submit(ForgetAdapter("x", ticket=2))
+    engine.step()
+    assert engine.memory("x") == AdapterMemory(2, 2)
+    assert engine.held == {"x"}
+    while engine.has_work:
+        assert not outbox.forgotten
+        engine.step()
+    assert outbox.forgotten == {1: FreedMemory(2, 2), 2: FreedMemory()}, "the same bytes come free once"
+    assert engine.memory("x") == AdapterMemory()
+    assert not engine.held
+    engine.submit(ForgetAdapter("never seen", ticket=3))
+    engine.step()
+    assert outbox.forgotten[3] == FreedMemory()
+
+
+def test_a_pin_keeps_what_was_to_be_forgotten() -> None:
+    """The same content was registered again while its last request ran."""
+    outbox = Outbox()
+    engine = make_engine(outbox)
+    engine.submit(AddRequest(request("r", [1], adapter_digest="x")))
+    while not outbox.outputs:
+        engine.step()
+    engine.submit(ForgetAdapter("x", ticket=1))
+    engine.submit(PinAdapter("x"))
+    run(engine)
+    assert outbox.forgotten == {1: FreedMemory()}
+    assert engine.resident == {"x"}
 
 
 def test_a_passed_deadline_ends_the_request() -> None:

@@ -6,12 +6,14 @@ import asyncio
 import queue
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from dataclasses import replace
 
 import pytest
 
 from loraplex.server.engine.client import EngineClient
 from loraplex.server.engine.commands import Command
 from loraplex.server.engine.request import GenerationRequest, RequestOutput, SamplingParams
+from loraplex.server.engine.stats import AdapterMemory, FreedMemory
 from loraplex.server.errors import EngineError, UnavailableError
 from tests.unit.fakes import expected_tokens, make_engine
 
@@ -70,6 +72,28 @@ async def test_cancelling_the_task_aborts(client: EngineClient) -> None:
         await asyncio.sleep(0.001)
 
 
+async def test_forgetting_waits_for_the_last_request_and_says_what_came_free(client: EngineClient) -> None:
+    running = asyncio.create_task(collect(client, replace(request(max_tokens=60), adapter_digest="x")))
+    while client.memory("x") == AdapterMemory():
+        await asyncio.sleep(0.001)
+    abandoned, freed = client.forget("x"), client.forget("x")
+    abandoned.cancel()
+    assert client.memory("x") == AdapterMemory(device_bytes=1), "the fake host has no budget"
+    assert client.held == {"x"}
+    assert await running == expected_tokens([1, 2, 3], 60, "x")
+    assert await freed == FreedMemory(), "the bytes were the other's"
+    assert await client.forget("y") == FreedMemory()
+    assert client.memory("x") == AdapterMemory()
+
+
+async def test_forgetting_ends_with_the_engine() -> None:
+    client = EngineClient(lambda publish: make_engine(publish))
+    pending = client.forget("x")  # before the engine runs
+    await client.close()
+    assert await pending == FreedMemory()
+    assert await client.forget("x") == FreedMemory()
+
+
 async def test_closing_ends_what_still_runs() -> None:
     client = EngineClient(lambda publish: make_engine(publish, max_model_len=10**6, num_blocks=10**5))
     client.start()
@@ -100,9 +124,11 @@ async def test_an_engine_that_dies_fails_everyone_and_says_so() -> None:
         await asyncio.sleep(0.001)
 
     client._engine._commands = BrokenQueue()
+    forgetting = client.forget("x")
     client._engine.wake()
     with pytest.raises(EngineError, match="a bug"):
         await waiting
+    assert await asyncio.wait_for(forgetting, 5) == FreedMemory()
     await asyncio.wait_for(died.wait(), 5)
     with pytest.raises(UnavailableError, match="restarted"):
         await collect(client, request())

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import socket
 import urllib.request
+from dataclasses import replace
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from loraplex.server.engine.request import FinishReason
-from loraplex.server.engine.stats import RequestStats, SlotStats, StepStats, TokenStats
+from loraplex.server.engine.stats import LoadStats, MemoryStats, RequestStats, StepStats, TierStats, TokenStats
 from loraplex.server.metrics import MAX_ADAPTER_LABELS, Metrics, TokenRate
+
+MEMORY = MemoryStats(
+    device=TierStats(adapters=2, used_bytes=10, peak_bytes=15, capacity_bytes=40, loads=6, evictions=4),
+    host=TierStats(adapters=3, used_bytes=12, peak_bytes=20, capacity_bytes=50, loads=4, evictions=1),
+    shared_bytes=8,
+)
 
 
 class Clock:
@@ -108,17 +115,38 @@ def test_a_scrape_parses_and_has_the_tiers() -> None:
     metrics = Metrics()
     metrics.set_model({"model": "tiny", "quantization": "nf4"})
     metrics.set_registered(7)
-    metrics.on_slots(SlotStats(resident=2, used_bytes=10, capacity_bytes=100, loads=3, evictions=1))
+    metrics.on_memory(MEMORY, [LoadStats("host", 0.004), LoadStats("host", 0.04), LoadStats("device", 0.0)])
     port, stop = metrics.serve("127.0.0.1", 0)
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
             families = {f.name: f for f in text_string_to_metric_families(answer.read().decode())}
     finally:
         stop()
-    tiers = {s.labels["tier"]: s.value for s in families["loraplex_adapters"].samples}
-    assert tiers == {"disk": 7, "device": 2}
+
+    def tiers(name: str, sample: str = "") -> dict[str, float]:
+        found = (s for s in families[f"loraplex_{name}"].samples if s.name == f"loraplex_{sample or name}")
+        return {s.labels["tier"]: s.value for s in found}
+
+    assert tiers("adapters") == {"disk": 7, "host": 3, "device": 2}
+    assert tiers("adapter_memory_bytes") == {"host": 12, "device": 10}
+    assert tiers("adapter_memory_peak_bytes") == {"host": 20, "device": 15}
+    assert tiers("adapter_memory_capacity_bytes") == {"host": 50, "device": 40}
+    assert tiers("adapter_loads", "adapter_loads_total") == {"host": 4, "device": 6}
+    assert tiers("adapter_evictions", "adapter_evictions_total") == {"host": 1, "device": 4}
+    assert tiers("adapter_load_seconds", "adapter_load_seconds_count") == {"host": 2, "device": 1}
+    assert tiers("adapter_load_seconds", "adapter_load_seconds_sum")["host"] == pytest.approx(0.044)
+    assert families["loraplex_adapter_memory_shared_bytes"].samples[0].value == 8
+    assert families["loraplex_lora_pool_slots_used"].samples[0].value == 2
+    assert families["loraplex_lora_pool_utilization"].samples[0].value == 0.25
     assert families["loraplex_model_info"].samples[0].labels["quantization"] == "nf4"
-    assert families["loraplex_adapter_loads"].samples[0].value == 3
+
+
+def test_totals_of_the_tiers_become_counters() -> None:
+    metrics = Metrics()
+    metrics.on_memory(MEMORY, [])
+    metrics.on_memory(replace(MEMORY, host=replace(MEMORY.host, loads=9)), [])
+    assert value(metrics, "loraplex_adapter_loads_total", tier="host") == 9
+    assert value(metrics, "loraplex_adapter_loads_total", tier="device") == 6
 
 
 def test_a_taken_port_is_an_error() -> None:

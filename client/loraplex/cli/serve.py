@@ -43,6 +43,9 @@ def serve(
     adapter_device_memory: Annotated[
         str, typer.Option(help="For adapter weights beside the base.", rich_help_panel=_ADAPTERS)
     ] = format_size(EngineConfig.adapter_device_memory),
+    adapter_host_memory: Annotated[
+        str, typer.Option(help="For adapter weights between disk and device.", rich_help_panel=_ADAPTERS)
+    ] = format_size(EngineConfig.adapter_host_memory),
     adapter_dtype: Annotated[Dtype, typer.Option(rich_help_panel=_ADAPTERS)] = "auto",
     state_dir: Annotated[
         Path | None,
@@ -93,6 +96,7 @@ def serve(
             block_size=block_size,
             kv_cache_memory=parse_size(kv_cache_memory, "--kv-cache-memory"),
             adapter_device_memory=parse_size(adapter_device_memory, "--adapter-device-memory"),
+            adapter_host_memory=parse_size(adapter_host_memory, "--adapter-host-memory"),
             adapter_dtype=adapter_dtype,
             enable_prefix_caching=prefix_caching,
             threads=threads,

@@ -37,6 +37,8 @@ class EngineConfig:
         block_size: tokens in one KV block.
         kv_cache_memory: bytes for keys and values.
         adapter_device_memory: bytes for adapter weights beside the base model.
+        adapter_host_memory: bytes for adapter weights in the host's memory, between disk and device. On a CPU an
+            adapter that is in both exists once.
         adapter_dtype: "auto" (the compute dtype), "float32", "bfloat16" or "float16".
         enable_prefix_caching: reuse the blocks of equal prompts under equal effective weights.
         threads: CPU threads of the matrix products; 0 leaves PyTorch's choice.
@@ -50,6 +52,7 @@ class EngineConfig:
     block_size: int = 16
     kv_cache_memory: int = 512 * MIB
     adapter_device_memory: int = 1024 * MIB
+    adapter_host_memory: int = 2048 * MIB
     adapter_dtype: str = "auto"
     enable_prefix_caching: bool = True
     threads: int = 0
@@ -63,7 +66,7 @@ class EngineConfig:
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_waiting", "block_size", "kv_cache_memory"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("max_model_len", "adapter_device_memory", "threads"):
+        for name in ("max_model_len", "adapter_device_memory", "adapter_host_memory", "threads"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.max_num_batched_tokens < self.max_num_seqs:

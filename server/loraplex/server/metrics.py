@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter as TallyCounter
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, start_http_server
 
 from loraplex.server.engine.request import FinishReason
-from loraplex.server.engine.stats import RequestStats, SlotStats, StepStats
+from loraplex.server.engine.stats import LoadStats, MemoryStats, RequestStats, StepStats
 
 PREFIX = "loraplex_"
 BASE_LABEL = "base"
@@ -29,6 +30,7 @@ WINDOW_S = 10.0
 _FIRST_TOKEN_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
 _INTER_TOKEN_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20)
 _REQUEST_S = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480)
+_LOAD_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _STEP_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
@@ -78,7 +80,7 @@ class Metrics:
         self._adapter_labels: set[str] = set()
         self._rate = TokenRate(clock=clock)
         self._most_adapters = 0
-        self._seen = {"queries": 0, "hits": 0, "preemptions": 0, "loads": 0, "evictions": 0}
+        self._seen: TallyCounter[str] = TallyCounter()  # totals of the engine that the counters have
         self._define_tokens()
         self._define_latencies()
         self._define_state()
@@ -156,13 +158,20 @@ class Metrics:
         self._waiting.set(num_waiting)
         self._kv_usage.set(kv_cache_usage)
 
-    def on_slots(self, stats: SlotStats) -> None:
-        """Take the state of the adapter memory."""
-        self._adapters.labels("device").set(stats.resident)
-        self._adapter_bytes.labels("device").set(stats.used_bytes)
-        self._adapter_capacity.labels("device").set(stats.capacity_bytes)
-        self._advance("loads", stats.loads, self._adapter_loads)
-        self._advance("evictions", stats.evictions, self._adapter_evictions)
+    def on_memory(self, stats: MemoryStats, loads: Sequence[LoadStats]) -> None:
+        """Take the state of the adapter memory, and the loads since the last time."""
+        for tier, figures in (("device", stats.device), ("host", stats.host)):
+            self._adapters.labels(tier).set(figures.adapters)
+            self._adapter_bytes.labels(tier).set(figures.used_bytes)
+            self._adapter_peak.labels(tier).set(figures.peak_bytes)
+            self._adapter_capacity.labels(tier).set(figures.capacity_bytes)
+            self._advance(f"{tier} loads", figures.loads, self._adapter_loads.labels(tier))
+            self._advance(f"{tier} evictions", figures.evictions, self._adapter_evictions.labels(tier))
+        self._adapter_shared.set(stats.shared_bytes)
+        self._pool_slots_used.set(stats.device.adapters)
+        self._pool_utilization.set(stats.device.used_bytes / max(1, stats.device.capacity_bytes))
+        for load in loads:
+            self._adapter_load_s.labels(load.tier).observe(load.seconds)
 
     def _label(self, adapter_name: str) -> str:
         if not adapter_name:
@@ -183,8 +192,8 @@ class Metrics:
     def _gauge(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Gauge:
         return Gauge(PREFIX + name, text, labels, registry=self.registry)
 
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(PREFIX + name, text, registry=self.registry, buckets=buckets)
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...], labels: tuple[str, ...] = ()) -> Histogram:
+        return Histogram(PREFIX + name, text, labels, registry=self.registry, buckets=buckets)
 
     def _define_tokens(self) -> None:
         self._generation = self._counter("generation_tokens", "Tokens generated, by adapter.", ("adapter",))
@@ -221,16 +230,30 @@ class Metrics:
         self._model_info = Info(PREFIX + "model", "What is served.", registry=self.registry)
 
     def _define_adapters(self) -> None:
-        self._adapters = self._gauge("adapters", "Adapters by tier: disk are the registered ones.", ("tier",))
+        self._adapters = self._gauge("adapters", "Adapters by tier; disk are the registered ones.", ("tier",))
         self._adapter_bytes = self._gauge("adapter_memory_bytes", "Bytes of adapter weights by tier.", ("tier",))
         self._adapter_capacity = self._gauge("adapter_memory_capacity_bytes", "Budget of the tier in bytes.", ("tier",))
-        self._adapter_loads = self._counter("adapter_loads", "Adapters that were brought onto the device.")
-        self._adapter_evictions = self._counter("adapter_evictions", "Adapters that left the device for another.")
+        self._adapter_peak = self._gauge(
+            "adapter_memory_peak_bytes", "Most bytes of adapter weights since the start, by tier.", ("tier",)
+        )
+        self._adapter_shared = self._gauge(
+            "adapter_memory_shared_bytes", "Bytes that both tiers count and that exist once: the device is the CPU."
+        )
+        self._adapter_loads = self._counter("adapter_loads", "Adapters that were brought into the tier.", ("tier",))
+        self._adapter_evictions = self._counter("adapter_evictions", "Adapters that left it for others.", ("tier",))
+        self._adapter_load_s = self._histogram(
+            "adapter_load_seconds",
+            "Bringing an adapter into the tier, in seconds: from the disk, checked and packed; or onto the device.",
+            _LOAD_S,
+            ("tier",),
+        )
+        self._pool_slots_used = self._gauge("lora_pool_slots_used", "Adapters on the device; slots have no fixed size.")
+        self._pool_utilization = self._gauge("lora_pool_utilization", "Share of the device's adapter memory in use.")
         self._step_adapters = self._histogram(
             "iteration_adapters", "Distinct adapters in one step; the base does not count.", (0, 1, 2, 4, 8, 16, 32, 64)
         )
         self._step_adapters_max = self._gauge(
             "iteration_adapters_max", "Most distinct adapters that shared one step since the start."
         )
-        for tier in ("disk", "device"):
+        for tier in ("disk", "host", "device"):
             self._adapters.labels(tier).set(0)

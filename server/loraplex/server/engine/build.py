@@ -21,7 +21,7 @@ from loraplex.server.engine.stats import EngineObserver
 from loraplex.server.errors import ModelLoadError
 from loraplex.server.lora.ops.interface import make_lora_ops
 from loraplex.server.lora.packing import pack_adapter
-from loraplex.server.lora.slots import SlotPool
+from loraplex.server.lora.tiers import AdapterTiers
 from loraplex.server.lora.weights import PackedAdapter
 from loraplex.server.models.loader import LoadedModel
 from loraplex.server.tokenizer import Tokenizer
@@ -91,7 +91,8 @@ def build_engine(
     dtype = adapter_dtype(model, config)
 
     def load(digest: str) -> PackedAdapter:
-        return pack_adapter(load_adapter(digest), model.decoder.sites, dtype, device, model.decoder.base)
+        bound, sites, base = load_adapter(digest), model.decoder.sites, model.decoder.base
+        return pack_adapter(bound, sites, dtype, torch.device("cpu"), base, pinned=device.type != "cpu")
 
     blocks = BlockManager(
         limits.num_blocks,
@@ -99,8 +100,13 @@ def build_engine(
         base_fingerprint=model.base.fingerprint,
         caching=config.enable_prefix_caching,
     )
-    # A load that ends must wake an engine that is made after the pool.
-    slots = SlotPool(load, config.adapter_device_memory, on_load=lambda: engine.wake())
+    slots = AdapterTiers(
+        load,
+        config.adapter_device_memory,
+        config.adapter_host_memory,
+        device=device,
+        on_load=lambda: engine.wake(),  # which is made after the tiers
+    )
     kv_cache = KVCache(kv_cache_shape(model, config), limits.num_blocks, device)
     lora_ops = make_lora_ops(device)
     runner = ModelRunner(model.decoder, kv_cache, lora_ops, device)
@@ -116,12 +122,13 @@ def build_engine(
     )
     engine = Engine(parts, publish, observer)
     logger.info(
-        "engine: %d KV blocks of %d tokens (%.0f MiB), context %d, adapter memory %.0f MiB as %s",
+        "engine: %d KV blocks of %d tokens (%.0f MiB), context %d, adapter memory %.0f MiB (host %.0f) as %s",
         limits.num_blocks,
         config.block_size,
         limits.kv_cache_bytes / 2**20,
         limits.max_model_len,
         config.adapter_device_memory / 2**20,
+        config.adapter_host_memory / 2**20,
         str(dtype).removeprefix("torch."),
     )
     return engine

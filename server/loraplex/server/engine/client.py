@@ -14,14 +14,16 @@ from itertools import count
 
 from loraplex.server.engine.commands import (
     AbortRequest,
+    AdapterForgotten,
     AddRequest,
     ForgetAdapter,
     PinAdapter,
     Stop,
     UnpinAdapter,
 )
-from loraplex.server.engine.engine import Engine, Publish
+from loraplex.server.engine.engine import Engine, EngineOutput, Publish
 from loraplex.server.engine.request import GenerationRequest, RequestOutput
+from loraplex.server.engine.stats import AdapterMemory, FreedMemory
 from loraplex.server.errors import EngineError, UnavailableError
 
 logger = logging.getLogger(__name__)
@@ -36,6 +38,7 @@ class EngineClient:
     def __init__(self, make_engine: Callable[[Publish], Engine]) -> None:
         self._loop = asyncio.get_running_loop()
         self._streams: dict[str, asyncio.Queue[RequestOutput]] = {}
+        self._forgetting: dict[int, asyncio.Future[FreedMemory]] = {}
         self._numbers = count()
         self._closed = False
         self._failure: str | None = None
@@ -48,6 +51,15 @@ class EngineClient:
     def resident(self) -> frozenset[str]:
         """Digests of the adapters on the device."""
         return self._engine.resident
+
+    @property
+    def held(self) -> frozenset[str]:
+        """Digests of the adapters on the device or in the host's memory."""
+        return self._engine.held
+
+    def memory(self, digest: str) -> AdapterMemory:
+        """Return what an adapter takes of the memory's budgets now; zeros if it is only on the disk."""
+        return self._engine.memory(digest)
 
     @property
     def active_requests(self) -> int:
@@ -98,9 +110,20 @@ class EngineClient:
         """Let an adapter be evicted again."""
         self._engine.submit(UnpinAdapter(digest))
 
-    def forget(self, digest: str) -> None:
-        """Drop an adapter's weights from the device when its last row ends."""
-        self._engine.submit(ForgetAdapter(digest))
+    def forget(self, digest: str) -> asyncio.Future[FreedMemory]:
+        """Drop an adapter's weights from device and host memory when its last request ends; it goes in any case.
+
+        The result, which need not be awaited, says what came free. It is zeros for what was not there, if a pin came
+        meanwhile (the adapter has a name again), and once the engine has ended.
+        """
+        freed = self._loop.create_future()
+        if self._closed or self._failure is not None:
+            freed.set_result(FreedMemory())
+            return freed
+        ticket = next(self._numbers)
+        self._forgetting[ticket] = freed
+        self._engine.submit(ForgetAdapter(digest, ticket))
+        return freed
 
     async def close(self) -> None:
         """Stop the engine; requests that still run get an UnavailableError."""
@@ -110,6 +133,7 @@ class EngineClient:
             await asyncio.to_thread(self._thread.join)
             # The outputs of the last step were handed to the loop before the thread ended; let them arrive.
             await asyncio.sleep(0)
+        self._resolve_all()
 
     def _run(self) -> None:
         try:
@@ -119,18 +143,29 @@ class EngineClient:
             message = f"the engine has failed and the server must be restarted: {type(error).__name__}: {error}"
             self._loop.call_soon_threadsafe(self._fail_all, message)
 
-    def _publish(self, outputs: Sequence[RequestOutput]) -> None:
+    def _publish(self, outputs: Sequence[EngineOutput]) -> None:
         # One call a step, not one a token: waking the loop costs more than the token.
         self._loop.call_soon_threadsafe(self._deliver, outputs)
 
-    def _deliver(self, outputs: Sequence[RequestOutput]) -> None:
+    def _deliver(self, outputs: Sequence[EngineOutput]) -> None:
         for output in outputs:
-            stream = self._streams.get(output.request_id)
-            if stream is not None:
+            if isinstance(output, AdapterForgotten):
+                self._resolve(output.ticket, output.freed)
+            elif (stream := self._streams.get(output.request_id)) is not None:
                 stream.put_nowait(output)
+
+    def _resolve(self, ticket: int, freed: FreedMemory) -> None:
+        future = self._forgetting.pop(ticket)
+        if not future.done():  # whoever asked may have gone
+            future.set_result(freed)
+
+    def _resolve_all(self) -> None:
+        for ticket in tuple(self._forgetting):
+            self._resolve(ticket, FreedMemory())
 
     def _fail_all(self, message: str) -> None:
         self._failure = message
         for request_id in self._streams:
             self._deliver([RequestOutput(request_id, finished=True, error=EngineError(message))])
+        self._resolve_all()
         self.on_failure()

@@ -1,10 +1,14 @@
-"""What the outside may tell the engine: plain picklable values, taken at step boundaries in the order they came."""
+"""What the outside may tell the engine, and one answer: plain picklable values.
+
+They are taken at step boundaries, in the order in which they came.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from loraplex.server.engine.request import GenerationRequest
+from loraplex.server.engine.stats import FreedMemory
 
 
 @dataclass(frozen=True)
@@ -37,14 +41,26 @@ class UnpinAdapter:
 
 @dataclass(frozen=True)
 class ForgetAdapter:
-    """No name points at the adapter any more: drop its weights when its last row ends."""
+    """No name points at the adapter any more: drop its weights when its last request ends.
+
+    The answer is an `AdapterForgotten` with the same ticket.
+    """
 
     digest: str
+    ticket: int = 0
 
 
 @dataclass(frozen=True)
 class Stop:
     """End the loop; living requests get an UnavailableError."""
+
+
+@dataclass(frozen=True)
+class AdapterForgotten:
+    """The answer to a `ForgetAdapter`: these bytes are free. Zeros if another has had them told, or a pin came."""
+
+    ticket: int
+    freed: FreedMemory
 
 
 Command = AddRequest | AbortRequest | PinAdapter | UnpinAdapter | ForgetAdapter | Stop

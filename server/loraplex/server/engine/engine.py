@@ -16,6 +16,7 @@ from loraplex.server.engine.active_request import ActiveRequest
 from loraplex.server.engine.block_manager import BlockManager
 from loraplex.server.engine.commands import (
     AbortRequest,
+    AdapterForgotten,
     AddRequest,
     Command,
     ForgetAdapter,
@@ -27,15 +28,16 @@ from loraplex.server.engine.model_runner import ModelRunner
 from loraplex.server.engine.request import ChoiceDelta, FinishReason, Logprobs, RequestOutput
 from loraplex.server.engine.scheduler import ScheduledSequence, Scheduler, StepPlan
 from loraplex.server.engine.sequence import Sequence as EngineSequence
-from loraplex.server.engine.stats import EngineObserver
+from loraplex.server.engine.stats import AdapterMemory, EngineObserver, FreedMemory
 from loraplex.server.engine.step_report import StepReport, request_stats
 from loraplex.server.errors import DeadlineError, EngineError, LoraplexError, UnavailableError
-from loraplex.server.lora.slots import SlotPool
+from loraplex.server.lora.tiers import AdapterTiers
 from loraplex.server.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-Publish = Callable[[Sequence[RequestOutput]], None]
+EngineOutput = RequestOutput | AdapterForgotten
+Publish = Callable[[Sequence[EngineOutput]], None]
 """Takes the outputs of one step; called on the engine thread, must not block."""
 
 
@@ -46,7 +48,7 @@ class EngineParts:
     runner: ModelRunner
     scheduler: Scheduler
     blocks: BlockManager
-    slots: SlotPool
+    slots: AdapterTiers
     tokenizer: Tokenizer
     eos_token_ids: frozenset[int]
     max_model_len: int
@@ -62,7 +64,8 @@ class Engine:
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._wake = threading.Event()
         self._active: dict[str, ActiveRequest] = {}
-        self._outputs: list[RequestOutput] = []
+        self._outputs: list[EngineOutput] = []
+        self._forgetting: dict[str, list[int]] = {}  # tickets by digest, while requests still use it
         self._slots_revision = -1  # so that the first step reports
         self._stopped = False
 
@@ -75,6 +78,15 @@ class Engine:
     def resident(self) -> frozenset[str]:
         """Digests of the adapters on the device; may be read from any thread."""
         return self._parts.slots.resident
+
+    @property
+    def held(self) -> frozenset[str]:
+        """Digests of the adapters in either tier of the memory; may be read from any thread."""
+        return self._parts.slots.held
+
+    def memory(self, digest: str) -> AdapterMemory:
+        """Return what an adapter takes of the memory's budgets now; may be called from any thread."""
+        return self._parts.slots.memory(digest)
 
     @property
     def active_requests(self) -> int:
@@ -113,6 +125,7 @@ class Engine:
         else:
             scheduler = self._parts.scheduler
             self._observer.on_queue(len(scheduler.running), scheduler.num_waiting, self._parts.blocks.usage)
+        self._forget_unused()
         self._report_slots()
         self._flush()
         return bool(plan.scheduled)
@@ -129,11 +142,13 @@ class Engine:
                 case AbortRequest(request_id):
                     self._abort(request_id)
                 case PinAdapter(digest):
+                    self._answer_forgets(digest, FreedMemory())  # it has a name again
                     self._parts.slots.pin(digest)
                 case UnpinAdapter(digest):
                     self._parts.slots.unpin(digest)
-                case ForgetAdapter(digest):
-                    self._parts.slots.forget(digest)
+                case ForgetAdapter(digest, ticket):
+                    self._parts.slots.unpin(digest)
+                    self._forgetting.setdefault(digest, []).append(ticket)
                 case Stop():
                     self._stop()
                     return
@@ -244,11 +259,24 @@ class Engine:
         for request_id in {item.seq.request.request_id for item in plan.scheduled}:
             self._fail(self._active[request_id], error)
 
+    def _forget_unused(self) -> None:
+        """Drop the adapters that no name has and no request uses any more."""
+        if not self._forgetting:
+            return
+        used = {active.request.adapter_digest for active in self._active.values()}
+        for digest in self._forgetting.keys() - used:
+            self._answer_forgets(digest, self._parts.slots.forget(digest))
+
+    def _answer_forgets(self, digest: str, freed: FreedMemory) -> None:
+        for ticket in self._forgetting.pop(digest, ()):
+            self._outputs.append(AdapterForgotten(ticket, freed))
+            freed = FreedMemory()  # bytes come free once, however many asked
+
     def _report_slots(self) -> None:
         slots = self._parts.slots
         if slots.revision != self._slots_revision:
             self._slots_revision = slots.revision
-            self._observer.on_slots(slots.stats)
+            self._observer.on_memory(slots.stats, slots.take_load_stats())
 
     def _flush(self) -> None:
         if self._outputs:

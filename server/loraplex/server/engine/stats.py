@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -56,14 +57,48 @@ class RequestStats:
 
 
 @dataclass(frozen=True)
-class SlotStats:
-    """The adapter memory; bytes."""
+class AdapterMemory:
+    """What one adapter takes of the two budgets now, in bytes."""
 
-    resident: int
+    device_bytes: int = 0
+    host_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class FreedMemory:
+    """What came free of the two budgets when an adapter was forgotten, in bytes."""
+
+    device_bytes: int = 0
+    host_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class TierStats:
+    """One tier of the adapter memory; bytes, and events since the start."""
+
+    adapters: int
     used_bytes: int
+    peak_bytes: int
     capacity_bytes: int
     loads: int
     evictions: int
+
+
+@dataclass(frozen=True)
+class MemoryStats:
+    """The adapter memory; `shared_bytes` are in both tiers' sums and exist once (the device is the CPU)."""
+
+    device: TierStats
+    host: TierStats
+    shared_bytes: int
+
+
+@dataclass(frozen=True)
+class LoadStats:
+    """One adapter that came into a tier: "host", read from the disk, checked and packed, or "device", copied there."""
+
+    tier: str
+    seconds: float
 
 
 class EngineObserver(Protocol):
@@ -78,8 +113,8 @@ class EngineObserver(Protocol):
     def on_queue(self, num_running: int, num_waiting: int, kv_cache_usage: float) -> None:
         """Take the queue's lengths and the share of KV blocks in use when there is nothing to run."""
 
-    def on_slots(self, stats: SlotStats) -> None:
-        """Take the state of the adapter memory, whenever it changes."""
+    def on_memory(self, stats: MemoryStats, loads: Sequence[LoadStats]) -> None:
+        """Take the state of the adapter memory whenever it changes, and the loads since the last time."""
 
 
 class NullObserver:
@@ -94,5 +129,5 @@ class NullObserver:
     def on_queue(self, num_running: int, num_waiting: int, kv_cache_usage: float) -> None:
         """Do nothing."""
 
-    def on_slots(self, stats: SlotStats) -> None:
+    def on_memory(self, stats: MemoryStats, loads: Sequence[LoadStats]) -> None:
         """Do nothing."""

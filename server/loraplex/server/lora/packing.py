@@ -24,18 +24,20 @@ def pack_adapter(
     dtype: torch.dtype,
     device: torch.device,
     base: BaseParameters | None = None,
+    *,
+    pinned: bool = False,
 ) -> PackedAdapter:
     """Copy `bound` into one block of memory on `device`, arranged by site.
 
     Scalings, and DoRA's factors, are folded into B in float32, before the one rounding to `dtype`. `base` may be left
-    out for plain LoRA.
+    out for plain LoRA. From `pinned` memory (of the CPU) a GPU copies beside its other work.
 
     Raises:
         ValueError: if a part of the adapter has no place in the model (it would silently have no effect), if its shapes
             do not fit there, or if it is no plain LoRA and there is no `base`.
     """
     packing = _Packing(bound, sites, dtype, base)
-    memory = torch.zeros(packing.nbytes, dtype=torch.uint8, device=device)
+    memory = torch.zeros(packing.nbytes, dtype=torch.uint8, device=device, pin_memory=pinned)
     return packing.into(memory)
 
 

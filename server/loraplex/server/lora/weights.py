@@ -92,8 +92,11 @@ class PackedAdapter:
         return next((s.a.dtype for slices in self.sites for s in slices), torch.float32)
 
     def to(self, device: torch.device) -> PackedAdapter:
-        """Return the adapter with its memory on `device`: itself if it is there already."""
-        memory = self.memory if self.memory is None else self.memory.to(device)
+        """Return the adapter with its memory on `device`: itself if it is there already.
+
+        From pinned memory the copy takes its turn in the device's work, and nobody waits for it.
+        """
+        memory = self.memory if self.memory is None else self.memory.to(device, non_blocking=True)
         if memory is None or memory is self.memory:
             return self
         sites = tuple(

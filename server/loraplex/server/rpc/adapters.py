@@ -161,8 +161,8 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
         self._pinned = wanted
 
     def _forget_unnamed(self, digest: str) -> None:
-        """Drop weights that no name has any more: `digest`, which may not be on the device yet, and older versions."""
-        for gone in ({digest} | self._engine.resident) - self._registry.digests:
+        """Drop weights that no name has any more: `digest`, which may not be loaded yet, and older versions."""
+        for gone in ({digest} | self._engine.held) - self._registry.digests:
             self._engine.forget(gone)
 
     def _count(self) -> None:

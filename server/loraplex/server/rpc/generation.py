@@ -100,6 +100,8 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         # On threads: neither the catalog's file nor a long prompt may hold up the event loop.
         async with AsyncExitStack() as stack:
             record = await stack.enter_async_context(self._use(name)) if name else None
+            if record is not None:
+                stack.callback(self._forget_unnamed, record.digest)
             request = await loop.run_in_executor(
                 self._executor, self._request, message, record, deadline, current_request_id.get()
             )
@@ -111,6 +113,11 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
 
     def _use(self, name: str) -> AbstractAsyncContextManager[AdapterRecord]:
         return adapter_use(self._registry, name, self._executor)
+
+    def _forget_unnamed(self, digest: str) -> None:
+        """Drop weights that this request brought back after their name had gone: nobody else would."""
+        if digest not in self._registry.digests:
+            self._engine.forget(digest)
 
     def _request(
         self, message: pb.GenerateRequest, record: AdapterRecord | None, deadline: float | None, request_id: str
