@@ -16,7 +16,7 @@ DEV_READY := $(VENV)/.dev-ready
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo serve bench venv test lint pytest proto format clean distclean
+.PHONY: help demo serve bench bench-cpu venv test lint pytest proto format clean distclean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ serve: $(RUN_READY) ## Serve the demo model with the example adapters on 127.0.0
 
 bench: $(RUN_READY) ## Measure the reference workload W16 from outside, on a server of its own
 	$(BIN)/loraplex bench w16 $(ARGS)
+
+bench-cpu: $(DEV_READY) ## Measure this CPU: W16, rows, ranks, first token, start, memory; writes bench/results/cpu.json and a chart
+	$(BIN)/loraplex bench cpu $(ARGS)
 
 venv: $(DEV_READY) ## Make the whole development environment
 

@@ -10,8 +10,8 @@ from safetensors.numpy import load_file
 
 from loraplex.bench.load import WRONG_ADAPTER, load_client, run_load
 from loraplex.bench.machine import machine_info
+from loraplex.bench.random_adapter import ModelShape, write_adapter
 from loraplex.bench.server_process import free_ports
-from loraplex.bench.w16 import ModelShape, write_adapter
 from loraplex.bench.workload import Assignment, Workload
 from loraplex.client import NotFoundError
 from loraplex.v1 import generation_pb2

@@ -27,6 +27,7 @@ class RequestResult:
         ttft_s: sending to the first token; None if there was none.
         itl_s: between two messages that carry tokens, in order.
         e2el_s: sending to the last message.
+        token_ids: of the first choice.
     """
 
     index: int
@@ -39,6 +40,7 @@ class RequestResult:
     prompt_tokens: int
     output_tokens: int
     text: str
+    token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,7 @@ class _Recording:
     def __init__(self, on_tokens: Callable[[int], None], clock: Callable[[], float]) -> None:
         self.token_times: list[float] = []
         self.text = ""
+        self.token_ids: list[int] = []
         self.usage = Usage(0, 0)
         self.digest = ""
         self._on_tokens = on_tokens
@@ -105,6 +108,7 @@ class _Recording:
     def add(self, piece: GenerationPiece) -> None:
         """Take the next message of the stream; one may carry text only, or usage only."""
         self.text += piece.text
+        self.token_ids += [token for choice in piece.choices if choice.index == 0 for token in choice.token_ids]
         if piece.usage is not None:  # only the last message has it
             self.usage, self.digest = piece.usage, piece.adapter_digest
         tokens = sum(len(choice.token_ids) for choice in piece.choices)
@@ -155,4 +159,5 @@ class _Sender:
             prompt_tokens=recording.usage.prompt_tokens,
             output_tokens=recording.usage.completion_tokens,
             text=recording.text,
+            token_ids=tuple(recording.token_ids),
         )

@@ -41,6 +41,11 @@ class ServerProcess:
                 stderr=subprocess.STDOUT,
             )
 
+    @property
+    def pid(self) -> int:
+        """The process's number."""
+        return self._process.pid
+
     def wait_until_ready(self, timeout: float = READY_TIMEOUT_S) -> float:
         """Wait until the server says SERVING; return the seconds since its start.
 

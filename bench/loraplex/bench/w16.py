@@ -6,13 +6,13 @@ have ranks 8, 16, 32 and 64 in turn on all seven projections. Their weights are 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from loraplex.bench.load import run_load
+from loraplex.bench.random_adapter import ModelShape, write_adapter
 from loraplex.bench.report import Report
 from loraplex.bench.workload import Assignment, Workload
 from loraplex.client import AsyncClient
@@ -28,71 +28,19 @@ CASES: Mapping[str, Assignment] = {
 WARM_UP_TOKENS = 8
 
 
-@dataclass(frozen=True)
-class ModelShape:
-    """The linear layers of the model that the adapters are for; the defaults are SmolLM2-135M's."""
-
-    layers: int = 30
-    hidden: int = 576
-    intermediate: int = 1536
-    key_value: int = 192
-
-    def projections(self) -> dict[str, tuple[int, int]]:
-        """Return (in_features, out_features) of one layer's projections by module name."""
-        return {
-            "self_attn.q_proj": (self.hidden, self.hidden),
-            "self_attn.k_proj": (self.hidden, self.key_value),
-            "self_attn.v_proj": (self.hidden, self.key_value),
-            "self_attn.o_proj": (self.hidden, self.hidden),
-            "mlp.gate_proj": (self.hidden, self.intermediate),
-            "mlp.up_proj": (self.hidden, self.intermediate),
-            "mlp.down_proj": (self.intermediate, self.hidden),
-        }
-
-
 def adapter_name(index: int) -> str:
     """Return the name of adapter `index`, which says its rank."""
     return f"w16-{index:02d}-r{RANKS[index % len(RANKS)]}"
 
 
-def write_adapter(folder: Path, rank: int, seed: int, shape: ModelShape | None = None) -> None:
-    """Write a random adapter as PEFT would save it: A uniform as PEFT starts it, B small, alpha = 2 * rank, fp16."""
-    import numpy as np
-    from safetensors.numpy import save_file
-
-    draw = np.random.default_rng(seed)
-    shape = shape or ModelShape()
-    tensors = {}
-    for layer in range(shape.layers):
-        for module, (inputs, outputs) in shape.projections().items():
-            name = f"base_model.model.model.layers.{layer}.{module}"
-            a = (2 * draw.random((rank, inputs), dtype=np.float32) - 1) / inputs**0.5
-            b = 0.01 * draw.standard_normal((outputs, rank), dtype=np.float32)
-            tensors[f"{name}.lora_A.weight"] = a.astype(np.float16)
-            tensors[f"{name}.lora_B.weight"] = b.astype(np.float16)
-    folder.mkdir(parents=True)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct",
-        "r": rank,
-        "lora_alpha": 2 * rank,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "target_modules": sorted(module.split(".")[1] for module in shape.projections()),
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def make_adapters(root: Path, on_progress: Callable[[int], None] = lambda _: None) -> list[Path]:
+def make_adapters(
+    root: Path, on_progress: Callable[[int], None] = lambda _: None, shape: ModelShape | None = None
+) -> list[Path]:
     """Write the adapters below `root` and return their folders; `on_progress` hears how many there are."""
     folders = []
     for index in range(ADAPTERS):
         folder = root / adapter_name(index)
-        write_adapter(folder, RANKS[index % len(RANKS)], seed=index)
+        write_adapter(folder, RANKS[index % len(RANKS)], seed=index, shape=shape)
         folders.append(folder)
         on_progress(index + 1)
     return folders
@@ -143,5 +91,5 @@ async def upload_adapters(
 async def server_summary(client: AsyncClient) -> dict[str, Any]:
     """Return what of the server's description belongs beside a measurement: no paths."""
     info = await client.server_info()
-    names = ("version", "architecture", "quantization", "dtype", "device", "max_num_seqs", "kv_block_size")
-    return {name: getattr(info, name) for name in names}
+    names = ("version", "architecture", "quantization", "dtype", "device", "max_num_seqs", "kv_blocks", "kv_block_size")
+    return {name: getattr(info, name) for name in (*names, "adapter_device_memory_bytes")}

@@ -1,4 +1,4 @@
-"""`loraplex bench` puts load on a server and measures it from outside; `loraplex bench w16` runs a fixed workload."""
+"""`loraplex bench` puts load on a server and measures it from outside; its sub-commands run fixed workloads."""
 
 from __future__ import annotations
 
@@ -70,5 +70,29 @@ def w16(
     arguments = ["--model", model, "--quantization", quantization, *shlex.split(serve_args)]
     with sigterm_raises():
         completed = bench_run.measure_w16(server, arguments, chosen, repeat, json_file)
+    if not completed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def cpu(
+    quantizations: Annotated[str, typer.Option(help="A server for each, with commas between.")] = "nf4,int8",
+    repeat: Annotated[int, typer.Option(help="Runs of each case, and counted starts.", min=1)] = 3,
+    model: Annotated[str, typer.Option(help="What is served: demo, or a Hugging Face folder.")] = "demo",
+    short: Annotated[bool, typer.Option("--short", help="Few rows and tokens, to see that it works.")] = False,
+    serve_args: Annotated[str, typer.Option(help="More arguments for the started servers.")] = "",
+    output: Annotated[
+        Path, typer.Option("--json", help="Write the result here, and a chart beside it.", dir_okay=False)
+    ] = Path("bench/results/cpu.json"),
+) -> None:
+    """Measure W16, rows, ranks, first token, start and memory on servers of this command's own (about 10 minutes)."""
+    from loraplex.cli import bench_cpu
+    from loraplex.cli.model import with_demo
+    from loraplex.cli.termination import sigterm_raises
+
+    names = [name.strip() for name in quantizations.split(",")]
+    bench = bench_cpu.CpuBench(Path(with_demo(model)), names, repeat, short, shlex.split(serve_args))
+    with sigterm_raises():
+        completed = bench_cpu.run(bench, output)
     if not completed:
         raise typer.Exit(1)
