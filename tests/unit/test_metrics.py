@@ -7,6 +7,7 @@ import urllib.request
 from dataclasses import replace
 
 import pytest
+from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from loraplex.server.engine.request import FinishReason
@@ -104,11 +105,25 @@ def test_adapters_past_the_bound_share_a_label() -> None:
 
 def test_an_aborted_request_counts_but_has_no_latency() -> None:
     metrics = Metrics()
-    metrics.on_request(RequestStats("", FinishReason.ABORT, 4, 1, 0, 9.0, 0.1, None, None))
-    metrics.on_request(RequestStats("", FinishReason.LENGTH, 4, 8, 0, 2.0, 0.1, 0.2, 1.7))
+    metrics.on_request(RequestStats("", FinishReason.ABORT, 4, 1, 0, 9.0, 0.1, None, None, None))
+    metrics.on_request(RequestStats("", FinishReason.LENGTH, 4, 8, 0, 2.0, 0.1, 0.05, 0.2, 1.7))
     assert value(metrics, "loraplex_request_success_total", finished_reason="abort") == 1
     assert value(metrics, "loraplex_request_success_total", finished_reason="length") == 1
     assert value(metrics, "loraplex_e2e_request_latency_seconds_count") == 1
+    assert value(metrics, "loraplex_adapter_cold_starts_total") == 1
+    assert value(metrics, "loraplex_request_adapter_wait_time_seconds_sum") == 0.05
+
+
+def test_running_and_waiting_adapters_are_one_series() -> None:
+    """Routers read the labels; series that pile up would tell them of adapters that left long ago."""
+    metrics = Metrics()
+    metrics.set_max_rows(16)
+    metrics.on_adapters({"b", "a"}, {"c"})
+    metrics.on_adapters({"b"}, frozenset())
+    families = {f.name: f for f in text_string_to_metric_families(generate_latest(metrics.registry).decode())}
+    (sample,) = families["loraplex_lora_requests_info"].samples
+    assert sample.labels == {"max_lora": "16", "running_lora_adapters": "b", "waiting_lora_adapters": ""}
+    assert sample.value > 0
 
 
 def test_a_scrape_parses_and_has_the_tiers() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -13,6 +14,7 @@ from loraplex.server.engine.block_manager import BlockManager
 from loraplex.server.engine.request import GenerationRequest, SamplingParams
 from loraplex.server.engine.scheduler import Residency, Scheduler, StepPlan
 from loraplex.server.engine.sequence import Sequence
+from loraplex.server.engine.waiting import WaitingQueues
 from loraplex.server.errors import LoraplexError, NotFoundError, ResourceExhaustedError
 
 BLOCK = 4
@@ -23,6 +25,7 @@ class FakeSlots:
 
     def __init__(self, capacity: int = 100, load_steps: int = 0, broken: frozenset[str] = frozenset()) -> None:
         self.rows: dict[str, int] = {}
+        self.prefetched: list[str] = []
         self._capacity = capacity
         self._load_steps = load_steps
         self._asked: dict[str, int] = {}
@@ -43,6 +46,10 @@ class FakeSlots:
             del self.rows[idle[0]]
         self.rows[digest] = 0
         return Residency.RESIDENT
+
+    def prefetch(self, digest: str) -> Residency:
+        self.prefetched.append(digest)
+        return Residency.FAILED if digest in self._broken else Residency.LOADING
 
     def failure(self, digest: str) -> LoraplexError:
         return NotFoundError(f"{digest} is broken")
@@ -254,10 +261,66 @@ def test_a_broken_adapter_fails_only_its_own_requests() -> None:
     assert run_all(scheduler, blocks) == [fine]
 
 
+def test_the_adapters_that_are_next_are_prefetched_once_rows_are_full() -> None:
+    slots = FakeSlots(broken=frozenset({"broken"}))
+    scheduler, blocks, _ = make(slots=slots, max_num_seqs=2)
+    for number in range(2):
+        scheduler.add(sequence(2, max_tokens=9, digest=f"running-{number}"))
+    run_step(scheduler, blocks, 0.0)
+    assert not slots.prefetched
+    late = [sequence(2, digest=f"late-{number}", arrival=1.0 + number) for number in range(3)]
+    for seq in [*late, late_twin := sequence(2, digest="late-0", arrival=0.5), sequence(2, arrival=0.9)]:
+        scheduler.add(seq)
+    run_step(scheduler, blocks, 2.0)
+    assert slots.prefetched == ["late-0", "late-1"], "a batch's worth, each adapter once, the base not"
+    assert late_twin.first_scheduled_s is None
+    broken = sequence(2, digest="broken", arrival=0.1)
+    scheduler.add(broken)
+    plan, _ = run_step(scheduler, blocks, 2.1)
+    assert [(seq, type(error)) for seq, error in plan.failed] == [(broken, NotFoundError)]
+    run_all(scheduler, blocks)
+
+
+def test_a_wait_for_an_adapter_is_noted_from_the_first_row_it_could_have_had() -> None:
+    scheduler, blocks, _ = make(slots=FakeSlots(load_steps=2), max_num_seqs=1)
+    first, cold = sequence(2, max_tokens=3), sequence(2, digest="cold")
+    scheduler.add(first)
+    run_step(scheduler, blocks, 0.0)
+    scheduler.add(cold)
+    run_step(scheduler, blocks, 1.0)
+    assert cold.adapter_missed_s is None, "there was no row"
+    for step in range(2, 9):
+        run_step(scheduler, blocks, float(step))
+    assert cold.first_scheduled_s is not None
+    assert cold.adapter_missed_s is not None
+    assert cold.first_scheduled_s - cold.adapter_missed_s == 2.0
+    assert first.adapter_missed_s is None
+
+
+def test_a_burst_over_many_cold_adapters_asks_for_each_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quadratic once: a thousand waiting adapters cost a second a step."""
+    slots = FakeSlots(load_steps=10**6)
+    scheduler, _, _ = make(slots=slots, max_waiting=10**6)
+    for number in range(3000):
+        scheduler.add(sequence(1, digest=f"cold-{number}"))
+    ranked = 0
+    rank = WaitingQueues._rank
+
+    def counting(*arguments: Any) -> Any:
+        nonlocal ranked
+        ranked += 1
+        return rank(*arguments)
+
+    monkeypatch.setattr(WaitingQueues, "_rank", counting)
+    scheduler.schedule(0.0)
+    assert set(slots._asked.values()) == {1}
+    assert ranked <= 2 * 3000
+
+
 def test_idle_adapters_leave_no_trace() -> None:
     scheduler, blocks, _ = make()
     for number in range(50):
         scheduler.add(sequence(2, digest=f"adapter-{number}"))
     run_all(scheduler, blocks)
-    assert not scheduler._last_admission_s
-    assert not scheduler._waiting
+    assert not scheduler._waiting._last_admission_s
+    assert not scheduler._waiting._queues

@@ -11,7 +11,7 @@ import threading
 import time
 from collections import Counter as TallyCounter
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from contextlib import suppress
 from importlib.metadata import version
 
@@ -19,6 +19,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
 from loraplex.server.engine.request import FinishReason
 from loraplex.server.engine.stats import LoadStats, MemoryStats, RequestStats, StepStats
+from loraplex.server.lora_requests import LoraRequests
 
 PREFIX = "loraplex_"
 BASE_LABEL = "base"
@@ -105,6 +106,10 @@ class Metrics:
         """Publish what is served, as labels of `loraplex_model_info`."""
         self._model_info.info({"version": version("loraplex"), **labels})
 
+    def set_max_rows(self, count: int) -> None:
+        """Publish how many rows, and so how many adapters, a step can have."""
+        self._lora_requests.max_adapters = count
+
     def set_registered(self, count: int) -> None:
         """Publish how many adapters are registered."""
         self._adapters.labels("disk").set(count)
@@ -144,6 +149,9 @@ class Metrics:
     def on_request(self, stats: RequestStats) -> None:
         """Take the figures of one ended choice."""
         self._requests.labels(stats.finish_reason.value).inc()
+        if stats.adapter_wait_s is not None:
+            self._cold_starts.inc()
+            self._adapter_wait.observe(stats.adapter_wait_s)
         if stats.finish_reason not in (FinishReason.STOP, FinishReason.LENGTH):
             return
         self._e2e.observe(stats.e2e_s)
@@ -157,6 +165,10 @@ class Metrics:
         self._running.set(num_running)
         self._waiting.set(num_waiting)
         self._kv_usage.set(kv_cache_usage)
+
+    def on_adapters(self, running: Set[str], waiting: Set[str]) -> None:
+        """Take the names of the adapters that have rows and of those that are waited for."""
+        self._lora_requests.update(running, waiting)
 
     def on_memory(self, stats: MemoryStats, loads: Sequence[LoadStats]) -> None:
         """Take the state of the adapter memory, and the loads since the last time."""
@@ -247,6 +259,14 @@ class Metrics:
             _LOAD_S,
             ("tier",),
         )
+        self._cold_starts = self._counter(
+            "adapter_cold_starts", "Choices that could have had a row and waited for their adapter."
+        )
+        self._adapter_wait = self._histogram(
+            "request_adapter_wait_time_seconds", "What a cold start waited for its adapter, in seconds.", _LOAD_S
+        )
+        self._lora_requests = LoraRequests(PREFIX + "lora_requests_info")
+        self.registry.register(self._lora_requests)
         self._pool_slots_used = self._gauge("lora_pool_slots_used", "Adapters on the device; slots have no fixed size.")
         self._pool_utilization = self._gauge("lora_pool_utilization", "Share of the device's adapter memory in use.")
         self._step_adapters = self._histogram(

@@ -9,7 +9,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from loraplex.server.engine.active_request import ActiveRequest
@@ -67,6 +67,7 @@ class Engine:
         self._outputs: list[EngineOutput] = []
         self._forgetting: dict[str, list[int]] = {}  # tickets by digest, while requests still use it
         self._slots_revision = -1  # so that the first step reports
+        self._adapters: tuple[Set[str], Set[str]] = (frozenset(), frozenset())
         self._stopped = False
 
     @property
@@ -126,7 +127,7 @@ class Engine:
             scheduler = self._parts.scheduler
             self._observer.on_queue(len(scheduler.running), scheduler.num_waiting, self._parts.blocks.usage)
         self._forget_unused()
-        self._report_slots()
+        self._report_adapters()
         self._flush()
         return bool(plan.scheduled)
 
@@ -272,8 +273,12 @@ class Engine:
             self._outputs.append(AdapterForgotten(ticket, freed))
             freed = FreedMemory()  # bytes come free once, however many asked
 
-    def _report_slots(self) -> None:
-        slots = self._parts.slots
+    def _report_adapters(self) -> None:
+        slots, scheduler = self._parts.slots, self._parts.scheduler
+        adapters = (scheduler.running_adapters, scheduler.waiting_adapters)
+        if adapters != self._adapters:
+            self._adapters = adapters
+            self._observer.on_adapters(*adapters)
         if slots.revision != self._slots_revision:
             self._slots_revision = slots.revision
             self._observer.on_memory(slots.stats, slots.take_load_stats())

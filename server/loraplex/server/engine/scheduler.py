@@ -4,9 +4,9 @@ Decodes come first, then prompts that were begun, then waiting sequences, all un
 Sarathi-Serve), the KV blocks and the adapter memory. When blocks run out, the sequence that was admitted last gives
 its blocks back and is computed again later (preemption by recomputation).
 
-Who is admitted next is decided between the heads of one queue per adapter: preempted sequences, then heads
-whose adapter was passed over for longer than `max_wait_s`, then the adapter with the fewest rows. An adapter that
-floods the server therefore fills the rows nobody else wants and no more, and none waits without bound.
+Who is admitted next is decided between the heads of one queue per adapter (see `waiting`), after those who were
+preempted. An adapter that floods the server therefore fills the rows nobody else wants and no more, and none waits
+without bound. The adapters of those who are next are prefetched.
 
 Knows sequences, block and row counts; imports no torch and never sees a weight.
 """
@@ -17,16 +17,17 @@ import enum
 from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from typing import Protocol
 
 from loraplex.server.config import EngineConfig
 from loraplex.server.engine.block_manager import BlockManager
 from loraplex.server.engine.sequence import Sequence, SequenceStatus
+from loraplex.server.engine.waiting import AdapterKey, WaitingQueues
 from loraplex.server.errors import LoraplexError, ResourceExhaustedError
 
-AdapterKey = str | None
-"""The digest that a queue is for; None is the base. Scales share it, or a client could open queues at will."""
+MAX_ADAPTER_NAMES = 100
+"""Waiting adapters that are told to the observer; there may be thousands."""
 
 
 class Residency(enum.Enum):
@@ -43,6 +44,9 @@ class AdapterSlots(Protocol):
 
     def require(self, digest: str) -> Residency:
         """Say where the adapter is, and begin to load it if it is nowhere."""
+
+    def prefetch(self, digest: str) -> Residency:
+        """Say where an adapter is that cannot be used yet, and begin to bring it nearer."""
 
     def failure(self, digest: str) -> LoraplexError:
         """Return why loading failed; the next `require` tries again."""
@@ -89,13 +93,24 @@ class Scheduler:
         self._blocks = blocks
         self._slots = slots
         self._preempted: deque[Sequence] = deque()
-        self._waiting: dict[AdapterKey, deque[Sequence]] = {}
-        self._last_admission_s: dict[AdapterKey, float] = {}
+        self._waiting = WaitingQueues(config.max_wait_s)
+        self._changes = 0  # of the queues
+        self._upcoming: tuple[int, tuple[Sequence, ...]] = (-1, ())  # at that change: whose adapters to prefetch
 
     @property
     def num_waiting(self) -> int:
         """Sequences that hold no row."""
-        return len(self._preempted) + sum(map(len, self._waiting.values()))
+        return len(self._preempted) + len(self._waiting)
+
+    @property
+    def running_adapters(self) -> frozenset[str]:
+        """Names of the adapters that have rows."""
+        return frozenset(seq.request.adapter_name for seq in self.running if seq.request.adapter_digest is not None)
+
+    @property
+    def waiting_adapters(self) -> frozenset[str]:
+        """Names of adapters that requests wait for, `MAX_ADAPTER_NAMES` at most."""
+        return self._waiting.adapter_names(MAX_ADAPTER_NAMES)
 
     @property
     def has_work(self) -> bool:
@@ -104,7 +119,7 @@ class Scheduler:
 
     def sequences(self) -> Iterator[Sequence]:
         """Every sequence that is not finished."""
-        return chain(self.running, self._preempted, *self._waiting.values())
+        return chain(self.running, self._preempted, self._waiting)
 
     def add(self, seq: Sequence, *, accepted: bool = False) -> None:
         """Put a new sequence at the end of its adapter's queue.
@@ -116,7 +131,8 @@ class Scheduler:
             raise ResourceExhaustedError(
                 f"{self.num_waiting} sequences are waiting already, as many as max_waiting allows", retry_after_s=1.0
             )
-        self._waiting.setdefault(seq.request.adapter_digest, deque()).append(seq)
+        self._waiting.add(seq)
+        self._changes += 1
 
     def finish(self, seq: Sequence) -> None:
         """Take a sequence out, wherever it is, and give back what it holds."""
@@ -126,7 +142,8 @@ class Scheduler:
         elif seq in self._preempted:
             self._preempted.remove(seq)
         else:
-            self._remove_waiting(seq)
+            self._waiting.remove(seq)
+        self._changes += 1
         seq.status = SequenceStatus.FINISHED
 
     def schedule(self, now: float) -> StepPlan:
@@ -139,6 +156,7 @@ class Scheduler:
             tokens = min(seq.num_uncomputed_tokens, budget)
             scheduled.append(ScheduledSequence(seq, tokens))
             budget -= tokens
+        self._prefetch(now, failed)
         return StepPlan(tuple(scheduled), tuple(failed))
 
     def _schedule_running(self) -> list[ScheduledSequence]:
@@ -165,16 +183,19 @@ class Scheduler:
 
     def _admit(self, now: float, failed: list[tuple[Sequence, LoraplexError]]) -> Iterator[Sequence]:
         """Admit waiting sequences one by one, as long as the caller asks for more and rows, blocks and slots last."""
-        rows = Counter(seq.request.adapter_digest for seq in self.running)
+        if len(self.running) >= self._config.max_num_seqs:
+            return
+        rows = self._rows()
         draining = False
-        for head in self._candidates(rows, now):
+        for head in chain(tuple(self._preempted), self._waiting.heads(rows, now)):
             if len(self.running) >= self._config.max_num_seqs:
                 return
             if head.request.adapter_digest is not None:
                 residency = Residency.NO_ROOM if draining else self._residency(head, failed)
-                if residency is Residency.NO_ROOM and self._is_overdue(head.request.adapter_digest, head, now):
+                if residency is Residency.NO_ROOM and self._waiting.is_overdue(head, now):
                     draining = True  # no further row on any adapter until enough end for these weights to fit
                 if residency is not Residency.RESIDENT:
+                    head.adapter_missed_s = now if head.adapter_missed_s is None else head.adapter_missed_s
                     continue  # its own requests wait, others do not
             if not self._reserve(head):
                 return
@@ -190,30 +211,20 @@ class Scheduler:
             failed.append((head, self._slots.failure(digest)))
         return residency
 
-    def _candidates(self, rows: Counter[AdapterKey], now: float) -> Iterator[Sequence]:
-        """Yield the best head again and again; one that is not admitted closes its queue for this step."""
-        yield from tuple(self._preempted)
-        closed: set[AdapterKey] = set()
-        while heads := [(key, queue[0]) for key, queue in self._waiting.items() if key not in closed]:
-            key, head = min(heads, key=lambda item: self._rank(item[0], item[1], rows, now))
-            yield head
-            if head.status is SequenceStatus.WAITING:
-                closed.add(key)
+    def _prefetch(self, now: float, failed: list[tuple[Sequence, LoraplexError]]) -> None:
+        """Bring the adapters nearer that the next batch of rows will need, as far as can be told now."""
+        if self._upcoming[0] != self._changes:
+            heads = chain(tuple(self._preempted), self._waiting.heads(self._rows(), now))
+            upcoming = (head for head in heads if head.request.adapter_digest is not None)
+            self._upcoming = (self._changes, tuple(islice(upcoming, self._config.max_num_seqs)))
+        told = {id(seq) for seq, _ in failed}
+        for head in self._upcoming[1]:
+            digest = head.request.adapter_digest
+            if digest is not None and id(head) not in told and self._slots.prefetch(digest) is Residency.FAILED:
+                failed.append((head, self._slots.failure(digest)))
 
-    def _rank(
-        self, key: AdapterKey, head: Sequence, rows: Counter[AdapterKey], now: float
-    ) -> tuple[bool, int, float, float]:
-        since = self._waiting_since(key, head)
-        if self._is_overdue(key, head, now):
-            return (False, 0, since, head.arrival_s)
-        return (True, rows[key], since, head.arrival_s)
-
-    def _waiting_since(self, key: AdapterKey, head: Sequence) -> float:
-        """Since when `key` has been passed over: its head came, or the one before it was admitted."""
-        return max(head.arrival_s, self._last_admission_s.get(key, head.arrival_s))
-
-    def _is_overdue(self, key: AdapterKey, head: Sequence, now: float) -> bool:
-        return now - self._waiting_since(key, head) > self._config.max_wait_s
+    def _rows(self) -> Counter[AdapterKey]:
+        return Counter(seq.request.adapter_digest for seq in self.running)
 
     def _reserve(self, seq: Sequence) -> bool:
         """Take cached and fresh blocks for all tokens of `seq`; return False, with nothing taken, if they lack."""
@@ -233,9 +244,9 @@ class Scheduler:
         if seq in self._preempted:
             self._preempted.remove(seq)
         else:
-            self._remove_waiting(seq)
-        if seq.request.adapter_digest in self._waiting:
-            self._last_admission_s[seq.request.adapter_digest] = now
+            self._waiting.remove(seq)
+        self._changes += 1
+        self._waiting.note_admission(seq.request.adapter_digest, now)
         if seq.request.adapter_digest is not None:
             self._slots.retain(seq.request.adapter_digest)
         seq.status = SequenceStatus.RUNNING
@@ -250,16 +261,9 @@ class Scheduler:
         self.num_preemptions += 1
         # The youngest goes first, so the one pushed last is the oldest of them and comes back first.
         self._preempted.appendleft(seq)
+        self._changes += 1
 
     def _give_back(self, seq: Sequence) -> None:
         self._blocks.free(seq)
         if seq.request.adapter_digest is not None:
             self._slots.release(seq.request.adapter_digest)
-
-    def _remove_waiting(self, seq: Sequence) -> None:
-        queue = self._waiting[seq.request.adapter_digest]
-        queue.remove(seq)
-        if not queue:
-            del self._waiting[seq.request.adapter_digest]
-            # An idle adapter starts afresh; keeping its time would grow the table with every adapter ever seen.
-            self._last_admission_s.pop(seq.request.adapter_digest, None)

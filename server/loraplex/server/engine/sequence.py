@@ -36,6 +36,8 @@ class Sequence:
     num_computed_tokens: int = field(default=0, init=False)
     num_cached_tokens: int = field(default=0, init=False)
     """Prompt tokens found in the prefix cache at first admission; for usage."""
+    adapter_missed_s: float | None = field(default=None, init=False)
+    """When it could first have had a row but its adapter was not on the device."""
     first_scheduled_s: float | None = field(default=None, init=False)
     first_token_s: float | None = field(default=None, init=False)
     last_token_s: float | None = field(default=None, init=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -52,6 +52,8 @@ class RequestStats:
     cached_tokens: int
     e2e_s: float
     queue_s: float | None
+    adapter_wait_s: float | None
+    """Of the time in the queue: what it waited for its adapter although there was a row; None if it was there."""
     prefill_s: float | None
     decode_s: float | None
 
@@ -113,6 +115,9 @@ class EngineObserver(Protocol):
     def on_queue(self, num_running: int, num_waiting: int, kv_cache_usage: float) -> None:
         """Take the queue's lengths and the share of KV blocks in use when there is nothing to run."""
 
+    def on_adapters(self, running: Set[str], waiting: Set[str]) -> None:
+        """Take the names of the adapters that have rows, and some of those that are waited for, when they change."""
+
     def on_memory(self, stats: MemoryStats, loads: Sequence[LoadStats]) -> None:
         """Take the state of the adapter memory whenever it changes, and the loads since the last time."""
 
@@ -127,6 +132,9 @@ class NullObserver:
         """Do nothing."""
 
     def on_queue(self, num_running: int, num_waiting: int, kv_cache_usage: float) -> None:
+        """Do nothing."""
+
+    def on_adapters(self, running: Set[str], waiting: Set[str]) -> None:
         """Do nothing."""
 
     def on_memory(self, stats: MemoryStats, loads: Sequence[LoadStats]) -> None:

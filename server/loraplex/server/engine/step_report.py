@@ -48,7 +48,7 @@ class StepReport:
 def request_stats(seq: Sequence, now: float) -> RequestStats:
     """Return the figures of a sequence that ended at `now` (seconds, monotonic)."""
     assert seq.finish_reason is not None, "the sequence has not ended"
-    scheduled, first = seq.first_scheduled_s, seq.first_token_s
+    scheduled, first, missed = seq.first_scheduled_s, seq.first_token_s, seq.adapter_missed_s
     return RequestStats(
         adapter_name=seq.request.adapter_name,
         finish_reason=seq.finish_reason,
@@ -57,6 +57,7 @@ def request_stats(seq: Sequence, now: float) -> RequestStats:
         cached_tokens=seq.num_cached_tokens,
         e2e_s=now - seq.arrival_s,
         queue_s=None if scheduled is None else scheduled - seq.arrival_s,
+        adapter_wait_s=None if scheduled is None or missed is None else scheduled - missed,
         prefill_s=None if scheduled is None or first is None else first - scheduled,
         decode_s=None if first is None else now - first,
     )

@@ -224,6 +224,7 @@ async def _assemble(
     for warning in registry.warnings:
         logger.warning("adapter %s", warning)
     metrics.set_registered(registry.count())
+    metrics.set_max_rows(config.engine.max_num_seqs)
     metrics.set_model(_model_labels(config, model))
     # Two pools, so that a request never waits behind uploads and registrations; matrix products have their own threads.
     admission = _executor("admission", cleanup)
