@@ -44,8 +44,8 @@ def _pickled(folder: Path) -> None:
     (folder / WEIGHTS).rename(folder / "adapter_model.bin")
 
 
-def _dora(folder: Path) -> None:
-    fitting_adapter(folder, use_dora=True)
+def _qalora(folder: Path) -> None:
+    fitting_adapter(folder, use_qalora=True)
 
 
 def _truncated(folder: Path) -> None:
@@ -77,7 +77,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "nan": (_nan, "q_proj.lora_A", "NaN"),
     "rank-mismatch": (_rank_mismatch, "q_proj.lora_A", "rank"),
     "pickled": (_pickled, WEIGHTS, "is a pickle"),
-    "dora": (_dora, "use_dora", "DoRA"),
+    "qalora": (_qalora, "use_qalora", "QALoRA"),
     "truncated": (_truncated, WEIGHTS, "damaged or incomplete"),
     "not-json": (_not_json, "adapter_config.json", "JSON"),
     "wrong-shapes": (_wrong_shapes, A_KEY, "has 31 inputs, the base's module has 32"),

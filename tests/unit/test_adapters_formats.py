@@ -155,29 +155,127 @@ def test_a_without_b_and_b_without_a(tmp_path: Path) -> None:
 def test_one_matrix_twice(tmp_path: Path) -> None:
     weights = tensors(tiny_base())
     weights[f"{Q0}.lora_A.default.weight"] = weights[f"{Q0}.lora_A.weight"].clone()
-    assert "is the same matrix as" in str(refusal(write_adapter(tmp_path, weights=weights)))
+    assert "is the same tensor as" in str(refusal(write_adapter(tmp_path, weights=weights)))
 
 
 def test_no_tensors(tmp_path: Path) -> None:
-    assert "holds no tensors" in str(refusal(write_adapter(tmp_path, weights={})))
+    assert "holds no LoRA matrices" in str(refusal(write_adapter(tmp_path, weights={})))
+
+
+EMBEDDING = "base_model.model.model.embed_tokens"
 
 
 @pytest.mark.parametrize(
     ("key", "reason"),
     [
-        ("base_model.model.model.embed_tokens.lora_embedding_A", "LoRA on embeddings"),
-        (f"{Q0}.lora_magnitude_vector", "DoRA"),
-        (f"{Q0}.lora_B.bias", "bias on B"),
-        ("base_model.model.lm_head.modules_to_save.weight", "fully trained module"),
-        ("base_model.model.model.embed_tokens.base_layer.weight", "weight of the base model"),
-        ("something.else", "not a LoRA matrix"),
+        (f"{EMBEDDING}.lora_embedding_A", "no matching lora_embedding_B"),
+        (f"{EMBEDDING}.lora_embedding_B", "no matching lora_embedding_A"),
+        (f"{Q0}.lora_magnitude_vector", "use_dora is not set"),
+        (f"{Q0}.lora_B.bias", "lora_bias is not set"),
+        (f"{Q0.replace('q_proj', 'o_proj')}.lora_B.bias", "no LoRA matrices beside it"),
+        (f"{Q0}.base_layer.bias", "neither bias nor modules_to_save"),
+        ("base_model.model.model.norm.bias", "neither bias nor modules_to_save"),
+        (f"{Q0}.lora_diag", "not a tensor that LoRA has"),
+        (f"{Q0}.lora_E", "not a tensor that LoRA has"),
+        (f"{Q0}.base_layer.lora_A.weight", "not a tensor that LoRA has"),
+        (f"{Q0}.base_layer.weight.absmax", "not a tensor that LoRA has"),
+        (f"{EMBEDDING}.token_adapter.trainable_tokens_original", "not a tensor that LoRA has"),
+        ("base_model.vera_A", "not a tensor that LoRA has"),
+        ("prompt_embeddings", "not a tensor that LoRA has"),
+        (f"{'x.' * 300}lora_A.weight", "not a tensor that LoRA has"),
     ],
 )
-def test_other_tensors_are_refused_by_name(tmp_path: Path, key: str, reason: str) -> None:
+def test_tensors_without_a_meaning_are_refused_by_name(tmp_path: Path, key: str, reason: str) -> None:
     weights = tensors(tiny_base()) | {key: torch.zeros(4, 4)}
     error = refusal(write_adapter(tmp_path, weights=weights))
     assert [v.field for v in error.violations] == [key]
     assert reason in str(error)
+
+
+VECTORS = [f"{Q0.replace('0', str(layer))}.lora_magnitude_vector" for layer in range(2)]
+
+
+def dora_weights() -> dict[str, torch.Tensor]:
+    weights = tensors(tiny_base(), ("q_proj",))
+    return weights | {key: torch.ones(8) for key in VECTORS}
+
+
+def test_every_module_of_a_dora_adapter_has_a_magnitude(tmp_path: Path) -> None:
+    weights = dora_weights()
+    adapter = read_adapter(write_adapter(tmp_path, weights=weights, target_modules=["q_proj"], use_dora=True))
+    magnitude = adapter.pairs["model.layers.0.self_attn.q_proj"].magnitude
+    assert magnitude is not None
+    assert magnitude.key == VECTORS[0]
+    del weights[VECTORS[1]]
+    weights[VECTORS[0]] = torch.ones(7)
+    error = refusal(write_adapter(tmp_path, weights=weights, target_modules=["q_proj"], use_dora=True))
+    assert "has shape (7,), but B has 8 rows" in str(error)
+    assert "has no lora_magnitude_vector beside it, though use_dora is set" in str(error)
+
+
+def test_dora_on_an_embedding_is_refused_by_name(tmp_path: Path) -> None:
+    weights = dora_weights() | {
+        f"{EMBEDDING}.lora_embedding_A": torch.ones(4, 32),
+        f"{EMBEDDING}.lora_embedding_B": torch.ones(8, 4),
+        f"{EMBEDDING}.lora_magnitude_vector": torch.ones(8),
+    }
+    error = refusal(write_adapter(tmp_path, weights=weights, use_dora=True))
+    assert [v.field for v in error.violations] == [f"{EMBEDDING}.lora_magnitude_vector"]
+    assert "DoRA magnitude on an embedding" in str(error)
+
+
+def test_the_bias_of_a_module_without_lora_contradicts_lora_only(tmp_path: Path) -> None:
+    weights = tensors(tiny_base()) | {f"{Q0.replace('q_proj', 'o_proj')}.bias": torch.zeros(8)}
+    assert "without LoRA, though bias is 'lora_only'" in str(
+        refusal(write_adapter(tmp_path, weights=weights, bias="lora_only"))
+    )
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "base_model.model.lm_head.weight",
+        "base_model.model.lm_head.modules_to_save.weight",
+        "base_model.model.lm_head.modules_to_save.default.weight",
+        "lm_head.weight",
+    ],
+)
+def test_layouts_of_a_module_trained_whole(tmp_path: Path, key: str) -> None:
+    weights = tensors(tiny_base()) | {key: torch.ones(32, 8)}
+    adapter = read_adapter(write_adapter(tmp_path, weights=weights, modules_to_save=["lm_head"]))
+    assert adapter.parameters["lm_head.weight"].key == key
+    assert read_adapter(write_adapter(tmp_path, weights=weights)).base_copies["lm_head.weight"].key == key
+
+
+def test_a_module_trained_whole_may_be_there_twice_if_both_are_the_same(tmp_path: Path) -> None:
+    first, second = "base_model.model.lm_head.modules_to_save.weight", "base_model.model.lm_head.weight"
+    weights = tensors(tiny_base()) | {first: torch.ones(32, 8), second: torch.ones(32, 8)}
+    adapter = read_adapter(write_adapter(tmp_path, weights=weights, modules_to_save=["lm_head"]))
+    assert adapter.repeated == {second: "lm_head.weight"}
+    weights[second][0, 0] = 2
+    error = refusal(write_adapter(tmp_path, weights=weights, modules_to_save=["lm_head"]))
+    assert f"{second}: is the same tensor as {first}" in str(error)
+
+
+@pytest.mark.parametrize("prefix", ["", "base_model.model.", "module.base_model.model.", "_orig_mod.base_model.model."])
+@pytest.mark.parametrize("adapter_name", ["", ".default", ".sql"])
+def test_layouts_of_old_files(tmp_path: Path, prefix: str, adapter_name: str) -> None:
+    module = "model.layers.0.self_attn.q_proj"
+    weights = {
+        f"{prefix}{module}.lora_A{adapter_name}.weight": torch.ones(4, 8),
+        f"{prefix}{module}.lora_B{adapter_name}.weight": torch.ones(8, 4),
+        f"{prefix}{module}.lora_magnitude_vector{adapter_name}{'.weight' if adapter_name else ''}": torch.ones(8),
+    }
+    adapter = read_adapter(write_adapter(tmp_path, weights=weights, use_dora=True))
+    assert set(adapter.pairs) == {module}
+    assert adapter.pairs[module].magnitude is not None
+    embedding = {
+        f"{prefix}model.embed_tokens.lora_embedding_A{adapter_name}": torch.ones(4, 32),
+        f"{prefix}model.embed_tokens.lora_embedding_B{adapter_name}": torch.ones(8, 4),
+    }
+    adapter = read_adapter(write_adapter(tmp_path, weights=embedding))
+    assert adapter.embeddings["model.embed_tokens"].a.shape == (4, 32)
+    assert (adapter.rank, adapter.target_modules) == (4, ("embed_tokens",))
 
 
 def test_dtypes_that_are_no_floats(tmp_path: Path) -> None:

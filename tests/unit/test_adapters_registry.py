@@ -198,8 +198,8 @@ def test_a_refused_adapter_changes_nothing_and_leaves_a_report(
     assert {entry.subject for entry in report.problems} == {key for key in weights if ".9." in key}
     assert len(report.entries) == len(weights)
     with pytest.raises(AdapterFormatError) as unread:
-        registry.register("a", write_adapter(source / "bad", use_dora=True))
-    assert [e.subject for e in registry.bind_report(unread.value.report_id).problems] == ["use_dora"]
+        registry.register("a", write_adapter(source / "bad", use_qalora=True))
+    assert [e.subject for e in registry.bind_report(unread.value.report_id).problems] == ["use_qalora"]
     assert registry.resolve("a") == before
     assert blobs(tmp_path) == {before.digest}
     with pytest.raises(NotFoundError, match="no report"):

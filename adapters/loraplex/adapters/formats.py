@@ -1,4 +1,4 @@
-"""An adapter folder -> canonical tensors per target module, as PEFT's `save_pretrained` writes it.
+"""An adapter folder -> what its author saved, module by module, as PEFT's `save_pretrained` writes it.
 
 Reads safetensors only: nothing is unpickled, nothing is executed, no file outside the folder is opened. Everything that
 is wrong with the tensors is collected before it is reported. Knows nothing about base models.
@@ -6,50 +6,88 @@ is wrong with the tensors is collected before it is reported. Knows nothing abou
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from loraplex.adapters.digest import DTYPE_NAMES, adapter_digest
+from loraplex.adapters.config_file import parse_config
+from loraplex.adapters.digest import adapter_digest
 from loraplex.adapters.errors import AdapterFormatError, FieldViolation
 from loraplex.adapters.folder import CONFIG_FILE, WEIGHTS_FILE, read_chat_template, read_inside, require_weights
-from loraplex.adapters.spec import AdapterSpec, parse_config
+from loraplex.adapters.spec import AdapterSpec
+from loraplex.adapters.tensor_names import Part, parse_name
+from loraplex.adapters.traits import AdapterTraits
+from loraplex.adapters.weights_file import read_weights
 
-# The header of an adapter is some kilobytes of JSON; safetensors itself would parse up to 100 MB of it.
-MAX_HEADER_BYTES = 16 << 20
-_PREFIX = "base_model.model."
-_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
-_UNSUPPORTED = {
-    "lora_embedding_": "LoRA on embeddings is not supported yet; train without embed_tokens in target_modules",
-    "lora_magnitude_vector": "is a DoRA magnitude; DoRA is not supported yet",
-    "lora_B.bias": "is a bias on B, which is not supported yet",
-    "modules_to_save": "is a fully trained module, which is not supported yet",
-    "base_layer": "is a weight of the base model; save the adapter with save_embedding_layers=False",
-}
+
+@dataclass(frozen=True)
+class SourceTensor:
+    """A tensor in the source's dtype on the CPU, and its name in the file."""
+
+    key: str
+    value: torch.Tensor
 
 
 @dataclass(frozen=True)
 class LoraPair:
-    """A (r, in_features) and B (out_features, r) of one module, in the source's dtypes on the CPU, and their keys."""
+    """A and B of one module, in the source's dtypes on the CPU, and their keys.
+
+    Linear modules: `a` (r, in_features), `b` (out_features, r), `magnitude` (DoRA) and `bias` (of B) (out_features,).
+    Embeddings: `a` (r, vocab), `b` (hidden, r).
+    """
 
     a: torch.Tensor
     b: torch.Tensor
     a_key: str
     b_key: str
+    magnitude: SourceTensor | None = None
+    bias: SourceTensor | None = None
+
+    @property
+    def vectors(self) -> tuple[SourceTensor, ...]:
+        """What there is beside A and B."""
+        return tuple(vector for vector in (self.magnitude, self.bias) if vector is not None)
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter as its author saved it, keyed by full module path; not yet bound to a base model."""
+    """An adapter as its author saved it; not yet bound to a base model.
+
+    Attributes:
+        pairs: LoRA on linear modules, by module path.
+        embeddings: LoRA on embeddings, by module path.
+        parameters: trained whole, by parameter path: `modules_to_save` and biases.
+        base_copies: weights of the base that were saved along (`save_embedding_layers`), by parameter path.
+        token_rows: trained rows (n, hidden), in the order of the spec's `token_indices`, by module path.
+        repeated: tensors that are in the file a second time: their keys, and the parameter's path.
+    """
 
     digest: str
     spec: AdapterSpec
     pairs: Mapping[str, LoraPair]
     chat_template: str | None = None
+    embeddings: Mapping[str, LoraPair] = field(default_factory=dict)
+    parameters: Mapping[str, SourceTensor] = field(default_factory=dict)
+    base_copies: Mapping[str, SourceTensor] = field(default_factory=dict)
+    token_rows: Mapping[str, SourceTensor] = field(default_factory=dict)
+    repeated: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def traits(self) -> AdapterTraits:
+        """How the adapter is to be used."""
+        return self.spec.traits
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of any module."""
+        return max(pair.a.shape[0] for pair in (*self.pairs.values(), *self.embeddings.values()))
+
+    @property
+    def target_modules(self) -> tuple[str, ...]:
+        """The last names of the modules with LoRA, sorted."""
+        return tuple(sorted({path.rpartition(".")[2] for path in (*self.pairs, *self.embeddings)}))
 
 
 def read_adapter(folder: Path) -> Adapter:
@@ -63,73 +101,130 @@ def read_adapter(folder: Path) -> Adapter:
     """
     spec, config = parse_config(read_inside(folder, CONFIG_FILE))
     template = read_chat_template(folder)
-    tensors = _load_tensors(require_weights(folder))
-    violations: list[FieldViolation] = []
-    pairs = _pair(tensors, violations)
-    for module, pair in pairs.items():
-        _check_rank(spec, module, pair, violations)
-    for key, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
-            violations.append(FieldViolation(key, "holds NaN or infinite values; the training has diverged"))
-    if violations:
-        raise AdapterFormatError(f"{WEIGHTS_FILE} cannot be used", violations)
-    return Adapter(adapter_digest(config, tensors, template), spec, pairs, template)
-
-
-def _load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    with path.open("rb") as file:
-        header_bytes = int.from_bytes(file.read(8), "little")
-    if header_bytes > MAX_HEADER_BYTES:
-        raise AdapterFormatError.of(WEIGHTS_FILE, f"claims a header of {header_bytes} bytes, so it is no adapter")
-    try:
-        with safe_open(str(path), framework="pt") as weights:
-            tensors: dict[str, torch.Tensor] = {key: weights.get_tensor(key) for key in weights.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise AdapterFormatError.of(
-            WEIGHTS_FILE, f"is damaged or incomplete ({error}); save or copy the adapter again"
-        ) from error
-    violations = [
-        FieldViolation(key, f"is {tensor.dtype}; only float32, float16 and bfloat16 are supported")
-        for key, tensor in tensors.items()
-        if tensor.dtype not in DTYPE_NAMES
-    ]
-    if violations:
-        raise AdapterFormatError(f"{WEIGHTS_FILE} cannot be used", violations)
-    # safe_open maps the file; a clone makes the tensors independent of it.
-    return {key: tensor.clone() for key, tensor in tensors.items()}
-
-
-def _pair(tensors: Mapping[str, torch.Tensor], violations: list[FieldViolation]) -> dict[str, LoraPair]:
-    """Match A and B of each module; whatever is neither, or lacks its other half, is a violation."""
-    keys: dict[str, dict[str, str]] = {}
+    tensors = read_weights(require_weights(folder))
+    parts = _Parts(spec)
     for key in sorted(tensors):
-        match = _KEY.fullmatch(key)
-        if match is None:
-            reasons = (reason for part, reason in _UNSUPPORTED.items() if part in key)
-            violations.append(FieldViolation(key, next(reasons, "is not a LoRA matrix that is known here")))
-            continue
-        sides = keys.setdefault(match["module"].removeprefix(_PREFIX), {})
-        if match["side"] in sides:
-            violations.append(FieldViolation(key, f"is the same matrix as {sides[match['side']]}"))
-        sides.setdefault(match["side"], key)
-    for sides in keys.values():
-        if len(sides) == 1:
-            ((side, key),) = sides.items()
-            violations.append(FieldViolation(key, f"has no matching lora_{'B' if side == 'A' else 'A'}"))
-    if not tensors:
-        violations.append(FieldViolation(WEIGHTS_FILE, "holds no tensors"))
-    return {
-        module: LoraPair(tensors[sides["A"]], tensors[sides["B"]], sides["A"], sides["B"])
-        for module, sides in keys.items()
-        if len(sides) == 2
-    }
+        parts.add(key, tensors[key])
+    adapter = parts.adapter(adapter_digest(config, tensors, template), template)
+    if parts.violations:
+        raise AdapterFormatError(f"{WEIGHTS_FILE} cannot be used", parts.violations)
+    return adapter
 
 
-def _check_rank(spec: AdapterSpec, module: str, pair: LoraPair, violations: list[FieldViolation]) -> None:
-    rank = spec.rank_of(module)
-    for key, tensor, axis in ((pair.a_key, pair.a, 0), (pair.b_key, pair.b, 1)):
-        if tensor.dim() != 2:
-            violations.append(FieldViolation(key, f"has shape {tuple(tensor.shape)}, not two dimensions"))
-        elif tensor.shape[axis] != rank:
-            described = f"has rank {tensor.shape[axis]} (shape {tuple(tensor.shape)})"
-            violations.append(FieldViolation(key, f"{described}, but adapter_config.json gives the module rank {rank}"))
+class _Parts:
+    """Collects what each tensor is to its module, and what is wrong."""
+
+    def __init__(self, spec: AdapterSpec) -> None:
+        self.violations: list[FieldViolation] = []
+        self._spec = spec
+        self._repeated: dict[str, str] = {}
+        self._found: dict[Part, dict[str, SourceTensor]] = {part: {} for part in Part}
+
+    def add(self, key: str, tensor: torch.Tensor) -> None:
+        """Take in one tensor."""
+        name = parse_name(key)
+        if name is None:
+            self._refuse(key, "is not a tensor that LoRA has, as far as is known here")
+            return
+        part = self._undeclared(name.path) if name.part is Part.PARAMETER else name.part
+        known = self._found[part].setdefault(name.path, SourceTensor(key, tensor))
+        if known.key == key:
+            return
+        # PEFT can write a module trained whole twice; that does no harm as long as both are the same.
+        if part is Part.PARAMETER and torch.equal(known.value, tensor):
+            self._repeated[key] = name.path
+        else:
+            self._refuse(key, f"is the same tensor as {known.key}")
+
+    def adapter(self, digest: str, template: str | None) -> Adapter:
+        """Return the adapter that the tensors make up."""
+        pairs = self._pairs(Part.A, Part.B)
+        embeddings = self._pairs(Part.EMBEDDING_A, Part.EMBEDDING_B)
+        if not pairs and not embeddings and not self.violations:
+            self._refuse(WEIGHTS_FILE, "holds no LoRA matrices")
+        self._check_vectors(pairs)
+        for path, parameter in self._found[Part.PARAMETER].items():
+            self._check_declared(path, parameter)
+        return Adapter(
+            digest,
+            self._spec,
+            pairs,
+            template,
+            embeddings,
+            self._found[Part.PARAMETER],
+            self._found[Part.BASE_COPY],
+            self._found[Part.TOKEN_ROWS],
+            self._repeated,
+        )
+
+    def _undeclared(self, path: str) -> Part:
+        """Tell a weight that was trained from one that save_embedding_layers added: it has the same name."""
+        declared = path.endswith(".bias") or self._spec.saves(path)
+        return Part.PARAMETER if declared else Part.BASE_COPY
+
+    def _pairs(self, side_a: Part, side_b: Part) -> dict[str, LoraPair]:
+        """Match A and B of each module; one that lacks its other half is a violation."""
+        a_sides, b_sides = self._found[side_a], self._found[side_b]
+        for sides, others, missing in ((a_sides, b_sides, side_b), (b_sides, a_sides, side_a)):
+            for path in sides.keys() - others.keys():
+                self._refuse(sides[path].key, f"has no matching {missing.value}")
+        linear = side_a is Part.A
+        pairs = {
+            path: LoraPair(
+                a_sides[path].value,
+                b_sides[path].value,
+                a_sides[path].key,
+                b_sides[path].key,
+                self._found[Part.MAGNITUDE].get(path),
+                self._found[Part.LORA_BIAS].get(path) if linear else None,
+            )
+            for path in sorted(a_sides.keys() & b_sides.keys())
+        }
+        for path, pair in pairs.items():
+            self._check_rank(path, pair)
+            if not linear and pair.magnitude is not None:
+                reason = "is a DoRA magnitude on an embedding, which is not supported; train DoRA on linear modules"
+                self._refuse(pair.magnitude.key, reason)
+        return pairs
+
+    def _check_rank(self, path: str, pair: LoraPair) -> None:
+        rank = self._spec.rank_of(path)
+        for key, tensor, axis in ((pair.a_key, pair.a, 0), (pair.b_key, pair.b, 1)):
+            if tensor.dim() != 2:
+                self._refuse(key, f"has shape {tuple(tensor.shape)}, not two dimensions")
+            elif tensor.shape[axis] != rank:
+                described = f"has rank {tensor.shape[axis]} (shape {tuple(tensor.shape)})"
+                self._refuse(key, f"{described}, but adapter_config.json gives the module rank {rank}")
+
+    def _check_vectors(self, pairs: Mapping[str, LoraPair]) -> None:
+        """Check that every module has the vectors that the config declares, and no module others."""
+        declared = (
+            (Part.MAGNITUDE, "use_dora", self._spec.use_dora),
+            (Part.LORA_BIAS, "lora_bias", self._spec.lora_bias),
+        )
+        for part, flag, wanted in declared:
+            vectors = self._found[part]
+            for path, pair in pairs.items():
+                if wanted and path not in vectors:
+                    self._refuse(pair.b_key, f"has no {part.value} beside it, though {flag} is set")
+            for path, vector in vectors.items():
+                if path in self._found[Part.EMBEDDING_A]:
+                    continue
+                if path not in pairs:
+                    self._refuse(vector.key, "has no LoRA matrices beside it")
+                elif not wanted:
+                    self._refuse(vector.key, f"is there though {flag} is not set, so that PEFT would leave it out")
+                elif tuple(vector.value.shape) != pairs[path].b.shape[:1]:
+                    rows = pairs[path].b.shape[0]
+                    self._refuse(vector.key, f"has shape {tuple(vector.value.shape)}, but B has {rows} rows")
+
+    def _check_declared(self, path: str, parameter: SourceTensor) -> None:
+        spec = self._spec
+        if spec.bias == "none" and not spec.saves(path):
+            self._refuse(parameter.key, "is a bias, but neither bias nor modules_to_save says that it was trained")
+        module = path.rpartition(".")[0]
+        if spec.bias == "lora_only" and not spec.saves(path) and module not in self._found[Part.A]:
+            self._refuse(parameter.key, "is the bias of a module without LoRA, though bias is 'lora_only'")
+
+    def _refuse(self, key: str, reason: str) -> None:
+        self.violations.append(FieldViolation(key, reason))

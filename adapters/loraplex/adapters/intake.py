@@ -126,8 +126,8 @@ class Intake:
     def _version(self, adapter: Adapter, traits: AdapterTraits, size_bytes: int, source: str) -> Version:
         return Version(
             digest=adapter.digest,
-            rank=max(pair.a.shape[0] for pair in adapter.pairs.values()),
-            target_modules=tuple(sorted({name.rpartition(".")[2] for name in adapter.pairs})),
+            rank=adapter.rank,
+            target_modules=adapter.target_modules,
             size_bytes=size_bytes,
             base_fingerprint=self._base.fingerprint,
             created_at=datetime.now(UTC),

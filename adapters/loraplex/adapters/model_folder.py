@@ -96,7 +96,25 @@ class ModelFolder:
             vocabulary, hidden = self.tensors[self.head_source].shape
             modules["lm_head"] = BaseModule("lm_head", hidden, vocabulary)
         architectures = self.config.get("architectures") or ["an unknown architecture"]
-        return BaseModel(self.path.name, str(architectures[0]), "", modules, self.conv1d)
+        return BaseModel(
+            name=self.path.name,
+            architecture=str(architectures[0]),
+            fingerprint="",
+            modules=modules,
+            conv1d=self.conv1d,
+            parameters=self._parameters(),
+            embedding=self.embedding,
+            tied=self.head_source == self.embedding,
+        )
+
+    def _parameters(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of what is no linear weight; not of the masks and frequencies in old checkpoints."""
+        linear = {HEAD, *(f"{name}.weight" for name in self.block_modules())}
+        return {
+            name: tensor.shape
+            for name, tensor in self.tensors.items()
+            if name not in linear and name.endswith((".weight", ".bias")) and len(tensor.shape) in (1, 2)
+        }
 
     def read(self, name: str) -> torch.Tensor:
         """Return the tensor `name` as stored; a view of the mapped file.
