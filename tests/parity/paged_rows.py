@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -12,6 +12,9 @@ from loraplex.server.lora.ops.interface import LoraContext
 from loraplex.server.models.decoder import Decoder
 
 BLOCK_SIZE = 4
+
+# From (row, tokens computed before, tokens computed now) for each row of a pass, in the batch's order.
+ContextOf = Callable[[Sequence[tuple[int, int, int]]], LoraContext | None]
 
 
 class PagedRows:
@@ -33,18 +36,19 @@ class PagedRows:
         # Filled as it is computed, one (vocab,) a token; with `last_only` one a pass.
         self.logits: list[list[torch.Tensor]] = [[] for _ in sequences]
 
-    def advance(self, counts: dict[int, int], lora: LoraContext | None = None) -> None:
+    def advance(self, counts: dict[int, int], lora: LoraContext | ContextOf | None = None) -> None:
         """Compute the next `counts[row]` tokens of each row, and keep the logits."""
         rows = sorted(counts, key=lambda row: counts[row] != 1)
         batch = self._batch(rows, [counts[row] for row in rows])
-        logits = self._decoder.forward(batch, self._cache, lora)
+        context = lora([(row, self._computed[row], counts[row]) for row in rows]) if callable(lora) else lora
+        logits = self._decoder.forward(batch, self._cache, context)
         assert logits.dtype == torch.float32
         kept = [1 if self._last_only else counts[row] for row in rows]
         for row, part in zip(rows, logits.split(kept), strict=True):
             self.logits[row].extend(part)
             self._computed[row] += counts[row]
 
-    def advance_mixed(self, lora: LoraContext | None = None) -> None:
+    def advance_mixed(self, lora: LoraContext | ContextOf | None = None) -> None:
         """Compute everything: prompts in chunks beside other rows' decodes, at the end decodes alone."""
         left = {row: len(tokens) for row, tokens in enumerate(self._sequences)}
         step = 0

@@ -19,6 +19,7 @@ from loraplex.server.engine.sampler import Sampler, SamplingRow
 from loraplex.server.engine.scheduler import ScheduledSequence
 from loraplex.server.errors import EngineError
 from loraplex.server.lora.ops.interface import LoraContext, LoraOps
+from loraplex.server.lora.overrides import find_overrides
 from loraplex.server.lora.segments import LoraBatch, build_segments
 from loraplex.server.lora.weights import PackedAdapter
 
@@ -66,6 +67,7 @@ class ModelRunner:
             self._lora_ops,
             tokens=self._lora_ops.prepare(batch.lora.segments, slots),
             logits=self._lora_ops.prepare(batch.lora.logits_segments, slots),
+            overrides=find_overrides(batch.lora, slots),
         )
 
 

@@ -5,12 +5,32 @@ Plain LoRA needs none of it.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from loraplex.server.lora.dora import BaseWeight, FactorCache
+from loraplex.server.models.norms import Norm
+
+
+@dataclass(frozen=True)
+class BaseNorm:
+    """One norm of the base.
+
+    Attributes:
+        parameters: what it is made of, by parameter name, as the checkpoint has it.
+        prepare: such parameters (all of them, by name) to the tensors that the norm reads when it runs.
+        make: those tensors to the norm, which keeps them as they are.
+    """
+
+    parameters: Mapping[str, torch.Tensor]
+    prepare: Callable[[Mapping[str, torch.Tensor]], tuple[torch.Tensor, ...]]
+    make: Callable[[tuple[torch.Tensor, ...]], Norm]
+
+    def norm(self) -> Norm:
+        """Return the base's own."""
+        return self.make(self.prepare(self.parameters))
 
 
 @dataclass(frozen=True)
@@ -21,6 +41,9 @@ class BaseParameters:
         weights: the product at each site.
         biases: of linear modules, by parameter name, as they are added.
         activations: dtype of what flows between the products.
+        norms: by their place in the decoder, "layers.3.mlp_norm" or "final_norm".
+        tables: the shapes of the embedding and of learned positions, by parameter name.
+        embedding, positions: which of them is which; `positions` None where there are none.
         stored_across: names of the weights that the checkpoint has as (in, out).
         factors: DoRA's, of adapters on this base.
     """
@@ -28,5 +51,9 @@ class BaseParameters:
     weights: Sequence[BaseWeight]
     biases: Mapping[str, torch.Tensor]
     activations: torch.dtype
+    norms: Mapping[str, BaseNorm]
+    tables: Mapping[str, tuple[int, int]]
+    embedding: str
+    positions: str | None = None
     stored_across: Collection[str] = frozenset()
     factors: FactorCache = field(default_factory=FactorCache)

@@ -1,15 +1,18 @@
-"""What an adapter changes in a packed product beside adding its A and B.
+"""What an adapter changes in the base beside adding its A and B to products.
 
-Only some kinds of adapters have any of it: DoRA, trained biases, fully trained weights, trained token rows.
+Only some kinds of adapters have any of it: DoRA, trained biases, fully trained weights and norms, trained token rows,
+LoRA on the embedding.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from loraplex.server.lora.buffer import moved
+from loraplex.server.models.norms import Norm
 
 
 @dataclass(frozen=True)
@@ -69,3 +72,55 @@ class SiteChanges:
             scaled_bias=None if self.scaled_bias is None else moved(self.scaled_bias, memory),
             bias=None if self.bias is None else moved(self.bias, memory),
         )
+
+
+@dataclass(frozen=True)
+class EmbeddingLora:
+    """Adds `scale * a_t[token] b_t` to a token's embedding; `a_t` (vocab, r), `b_t` (r, hidden), scaling folded in."""
+
+    a_t: torch.Tensor
+    b_t: torch.Tensor
+
+    def moved(self, memory: torch.Tensor) -> EmbeddingLora:
+        """Return the same in a copy of the adapter's memory."""
+        return EmbeddingLora(moved(self.a_t, memory), moved(self.b_t, memory))
+
+
+@dataclass(frozen=True)
+class EmbeddingChanges:
+    """What an adapter does to the input embedding, before the base multiplies it by its scale; None where nothing.
+
+    `table` (vocab, hidden) takes the base's place, `rows` that of some of its rows, `lora` is added; `positions`
+    (max_positions, hidden) takes the place of learned positions.
+    """
+
+    table: torch.Tensor | None = None
+    rows: ReplacedRows | None = None
+    lora: EmbeddingLora | None = None
+    positions: torch.Tensor | None = None
+
+    def moved(self, memory: torch.Tensor) -> EmbeddingChanges:
+        """Return the same in a copy of the adapter's memory."""
+        return EmbeddingChanges(
+            table=None if self.table is None else moved(self.table, memory),
+            rows=None if self.rows is None else self.rows.moved(memory),
+            lora=None if self.lora is None else self.lora.moved(memory),
+            positions=None if self.positions is None else moved(self.positions, memory),
+        )
+
+
+@dataclass(frozen=True)
+class ReplacedNorm:
+    """A norm that takes the base's place, made by `make` of `tensors`."""
+
+    tensors: tuple[torch.Tensor, ...]
+    make: Callable[[tuple[torch.Tensor, ...]], Norm]
+    norm: Norm = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Make the norm where its tensors are."""
+        object.__setattr__(self, "norm", self.make(self.tensors))
+
+    def moved(self, memory: torch.Tensor) -> ReplacedNorm:
+        """Return the same in a copy of the adapter's memory."""
+        return ReplacedNorm(tuple(moved(tensor, memory) for tensor in self.tensors), self.make)

@@ -26,20 +26,19 @@ class BaseWeight(Protocol):
         ...
 
 
-def column_factors(base: BaseWeight, modules: Sequence[tuple[ModuleWeights, int, int]]) -> torch.Tensor:
+def column_factors(weight: torch.Tensor, modules: Sequence[tuple[ModuleWeights, int, int]]) -> torch.Tensor:
     """Return magnitude / ||W + scaling * B A|| for every output of a packed product, 1 where there is no magnitude.
 
     B A is added to the one dequantized copy of W that there has to be: exact, and no more memory or arithmetic than the
     expanded form, ||W||^2 + 2 s W A^T B + s^2 ||B A||^2, which loses digits where the terms cancel.
 
     Args:
-        base: the product's weight.
+        weight: W (out_features, in_features) float32, the product's; it is used up.
         modules: (weights, start, end) of the adapter's modules in it.
 
     Returns:
-        (out_features,) float32, on the device of the base.
+        (out_features,) float32, on the device of `weight`.
     """
-    weight = base.dequantize()
     factors = torch.ones(weight.shape[0], dtype=torch.float32, device=weight.device)
     for module, start, end in modules:
         if module.magnitude is not None:

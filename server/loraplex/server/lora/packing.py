@@ -6,16 +6,16 @@ Knows nothing about slots or segments.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
 from loraplex.adapters.binding import BoundAdapter
 from loraplex.server.lora.base import BaseParameters
 from loraplex.server.lora.buffer import Buffer
-from loraplex.server.lora.changes import SiteChanges
+from loraplex.server.lora.embedding_packing import EmbeddingPacker
+from loraplex.server.lora.norm_packing import changed_norms
 from loraplex.server.lora.site_packing import SitePacker
-from loraplex.server.lora.weights import LinearSite, PackedAdapter, SliceWeights
+from loraplex.server.lora.weights import LinearSite, PackedAdapter
 
 
 def pack_adapter(
@@ -60,34 +60,38 @@ class _Packing:
     ) -> None:
         self._bound = bound
         self._sites = [SitePacker(bound, index, site, dtype, base) for index, site in enumerate(sites)]
+        self._embedding = None if base is None else EmbeddingPacker(bound, dtype, base)
+        self._norms = {} if base is None else changed_norms(bound, base)
         self._refuse_strays()
-        counted = Buffer()
-        self._fill(counted)
-        self.nbytes = counted.nbytes
+        self.nbytes = self._fill(None).nbytes
 
     def into(self, memory: torch.Tensor) -> PackedAdapter:
         """Copy everything into `memory`, (nbytes,) uint8."""
-        parts = self._fill(Buffer(memory))
-        rank = max((weights.rank for weights in self._bound.modules.values()), default=0)
-        return PackedAdapter(self._bound.digest, parts.sites, self.nbytes, rank, memory, parts.changes)
+        return self._fill(memory)
 
-    def _fill(self, buffer: Buffer) -> _Parts:
-        packed = [site.pack(buffer) for site in self._sites]
-        changes = {index: change for index, (_, change) in enumerate(packed) if change is not None}
-        return _Parts(tuple(slices for slices, _ in packed), changes)
+    def _fill(self, memory: torch.Tensor | None) -> PackedAdapter:
+        buffer = Buffer(memory)
+        sites = [site.pack(buffer) for site in self._sites]
+        embedding = None if self._embedding is None else self._embedding.pack(buffer)
+        norms = {place: norm.pack(buffer) for place, norm in self._norms.items()}
+        return PackedAdapter(
+            digest=self._bound.digest,
+            sites=tuple(slices for slices, _ in sites),
+            nbytes=buffer.nbytes,
+            rank=max((weights.rank for weights in self._bound.modules.values()), default=0),
+            memory=memory,
+            changes={index: change for index, (_, change) in enumerate(sites) if change is not None},
+            embedding=embedding,
+            norms=norms,
+        )
 
     def _refuse_strays(self) -> None:
-        bound, known = self._bound, {name for site in self._sites for name in site.names}
-        given = {f"{name} (A and B)": name for name in bound.modules}
-        given |= {name: name for name in (*bound.parameters, *bound.token_rows)}
-        stray = sorted(shown for shown, name in given.items() if name not in known)
+        bound = self._bound
+        given = {("modules", name) for name in bound.modules} | {("parameters", name) for name in bound.parameters}
+        given |= {("token_rows", name) for name in bound.token_rows}
+        given |= {("embedding", "")} if bound.embedding else set()
+        packers = [*self._sites, *self._norms.values(), *((self._embedding,) if self._embedding else ())]
+        stray = given.difference(*(packer.taken for packer in packers))
         if stray:
-            raise ValueError(f"adapter {bound.digest} has weights for what the model does not have: {stray[:20]}")
-
-
-@dataclass(frozen=True)
-class _Parts:
-    """What lies in a buffer."""
-
-    sites: tuple[tuple[SliceWeights, ...], ...]
-    changes: dict[int, SiteChanges]
+            named = ", ".join(sorted(f"{kind} {name}".rstrip() for kind, name in stray)[:20])
+            raise ValueError(f"adapter {bound.digest} has weights for what the model does not have: {named}")

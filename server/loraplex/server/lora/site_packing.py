@@ -33,7 +33,7 @@ class _Part(Generic[T]):
 
 
 class SitePacker:
-    """What one adapter has for one site. `names` are the modules and parameters that have their place here."""
+    """What one adapter has for one site. `taken` is all of the adapter that has its place here."""
 
     def __init__(
         self, bound: BoundAdapter, index: int, site: LinearSite, dtype: torch.dtype, base: BaseParameters | None
@@ -43,13 +43,15 @@ class SitePacker:
         Raises:
             ValueError: saying what does not fit, or that `base` is needed.
         """
-        self.names = {f"{target}{end}" for target in site.targets for end in ("", ".weight", ".bias")}
         self._digest, self._index, self._site = bound.digest, index, site
         self._dtype, self._base = dtype, base
         self._modules = self._find(bound.modules, "")
         self._weights = self._find(bound.parameters, ".weight")
         self._biases = self._find(bound.parameters, ".bias")
         self._rows = self._find(bound.token_rows, ".weight")
+        self.taken = {("modules", part.name) for part in self._modules}
+        self.taken |= {("parameters", part.name) for part in (*self._weights, *self._biases)}
+        self.taken |= {("token_rows", part.name) for part in self._rows}
         self._is_dora = any(part.value.magnitude is not None for part in self._modules)
         self._has_scaled_bias = any(part.value.lora_bias is not None for part in self._modules)
         self._is_plain = not (self._is_dora or self._has_scaled_bias or self._weights or self._biases or self._rows)
@@ -103,9 +105,15 @@ class SitePacker:
         return ReplacedRows(tokens, buffer.put_once(part.value.rows, self._known_base.activations))
 
     def _factors(self) -> torch.Tensor:
-        base = self._known_base
-        modules = [(part.value, part.start, part.end) for part in self._modules]
-        return base.factors.get(self._digest, self._index, lambda: column_factors(base.weights[self._index], modules))
+        return self._known_base.factors.get(self._digest, self._index, self._computed_factors)
+
+    def _computed_factors(self) -> torch.Tensor:
+        weight = self._known_base.weights[self._index].dequantize()
+        for part in self._weights:
+            weight[part.start : part.end] = self._oriented(part)
+        for rows in self._rows:
+            weight[rows.start + rows.value.tokens] = rows.value.rows.to(weight)
+        return column_factors(weight, [(part.value, part.start, part.end) for part in self._modules])
 
     def _scaled_bias(self) -> torch.Tensor:
         bias = torch.zeros(self._site.out_features)

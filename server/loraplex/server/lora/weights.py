@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from loraplex.server.lora.buffer import moved
-from loraplex.server.lora.changes import SiteChanges
+from loraplex.server.lora.changes import EmbeddingChanges, ReplacedNorm, SiteChanges
 
 TABLE_FIELDS = 5
 
@@ -55,7 +55,8 @@ class SliceWeights:
 class PackedAdapter:
     """An adapter ready to be used: for each site of the model, in the model's order, the slices that it adds to.
 
-    `changes` is what it does to sites beyond that, by the site's index; empty for plain LoRA.
+    `changes` is what it does to sites beyond that, by the site's index; `norms` are those that take the place of the
+    base's, by their place in the decoder. None of that, and no `embedding`, in plain LoRA.
     `memory` is one block that holds them, (nbytes,) uint8; `nbytes` its size; `rank` the largest rank among them (0 for
     an adapter without weights).
 
@@ -70,6 +71,8 @@ class PackedAdapter:
     rank: int
     memory: torch.Tensor | None = field(default=None, repr=False, compare=False)
     changes: Mapping[int, SiteChanges] = field(default_factory=dict)
+    embedding: EmbeddingChanges | None = None
+    norms: Mapping[str, ReplacedNorm] = field(default_factory=dict)
     table: npt.NDArray[np.int64] = field(init=False, repr=False, compare=False)
     extents: npt.NDArray[np.int64] = field(init=False, repr=False, compare=False)
 
@@ -102,5 +105,11 @@ class PackedAdapter:
         sites = tuple(
             tuple(replace(s, a=moved(s.a, memory), b_t=moved(s.b_t, memory)) for s in slices) for slices in self.sites
         )
-        changes = {index: site.moved(memory) for index, site in self.changes.items()}
-        return replace(self, sites=sites, changes=changes, memory=memory)
+        return replace(
+            self,
+            sites=sites,
+            memory=memory,
+            changes={index: site.moved(memory) for index, site in self.changes.items()},
+            embedding=None if self.embedding is None else self.embedding.moved(memory),
+            norms={place: norm.moved(memory) for place, norm in self.norms.items()},
+        )

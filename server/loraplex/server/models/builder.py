@@ -14,13 +14,15 @@ import torch
 
 from loraplex.server.attention.interface import Attention, AttentionParams
 from loraplex.server.errors import ModelLoadError
-from loraplex.server.lora.base import BaseParameters
+from loraplex.server.lora.base import BaseNorm, BaseParameters
 from loraplex.server.models.activations import make_activation
 from loraplex.server.models.config import DecoderConfig
-from loraplex.server.models.decoder import Decoder, DecoderLayer, DecoderParts, Projection
-from loraplex.server.models.layout import LM_HEAD, LayerVectors, Layout
+from loraplex.server.models.decoder import Decoder, DecoderParts
+from loraplex.server.models.layer import DecoderLayer, Projection
+from loraplex.server.models.layout import LM_HEAD, Layout
 from loraplex.server.models.linear import DenseLinear, Linear
-from loraplex.server.models.norms import Norm, RmsNorm, make_norm
+from loraplex.server.models.norm_places import FINAL_NORM, QK_NORM, base_norms, layer_place
+from loraplex.server.models.norms import Norm
 from loraplex.server.models.rotary import Rotary
 
 _HEAD_WEIGHT = f"{LM_HEAD}.weight"
@@ -121,14 +123,16 @@ class DecoderBuilder:
     def build(self, attention: Attention) -> Decoder:
         """Return the decoder, once every tensor has been added."""
         positions, rope = self._layout.positions, self._config.rope
+        norms = base_norms(self._layout, self._config, self._vectors, self._activations)
+        made = {place: norm.norm() for place, norm in norms.items()}
         self.tied = self._make_embeddings()
         embedding = self._vectors[self._layout.embedding]
         parts = DecoderParts(
             embedding=embedding,
             positions=self._vectors[positions].to(self._activations) if positions else None,
             rotary=Rotary(rope, self._activations, self._device) if rope else None,
-            layers=tuple(self._layer(index, names) for index, names in enumerate(self._layout.layers)),
-            final_norm=self._norm(self._layout.final_norm),
+            layers=tuple(self._layer(index, made) for index in range(self._config.num_layers)),
+            final_norm=made[FINAL_NORM],
             lm_head=self._linears[len(self._layout.linears) - 1],
         )
         self.weight_bytes = sum(linear.nbytes for linear in self._linears.values())
@@ -136,17 +140,23 @@ class DecoderBuilder:
         if self.tied and isinstance(parts.lm_head, DenseLinear) and embedding.dtype == self._activations:
             self.weight_bytes -= embedding.nbytes  # the same memory
         sites = [linear.site for linear in self._layout.linears]
-        return Decoder(self._config, parts, sites, self._base(), attention, self._activations)
+        return Decoder(self._config, parts, sites, self._base(norms), attention, self._activations)
 
-    def _base(self) -> BaseParameters:
+    def _base(self, norms: Mapping[str, BaseNorm]) -> BaseParameters:
         modules = [module for linear in self._layout.linears for module in linear.modules]
         across = {f"{module.name}.weight" for module in modules if module.name != LM_HEAD}
+        layout, activations = self._layout, self._activations
         biases = {name: self._vectors[name] for name in (f"{module.name}.bias" for module in modules if module.bias)}
+        shapes = layout.shapes()
         return BaseParameters(
-            weights=[self._linears[site] for site in range(len(self._layout.linears))],
-            biases={name: bias.to(self._activations) for name, bias in biases.items()},
-            activations=self._activations,
-            stored_across=across if self._layout.names.conv1d else (),
+            weights=[self._linears[site] for site in range(len(layout.linears))],
+            biases={name: bias.to(activations) for name, bias in biases.items()},
+            activations=activations,
+            norms=norms,
+            tables={name: (shapes[name][0], shapes[name][1]) for name in (layout.embedding, layout.positions) if name},
+            embedding=layout.embedding,
+            positions=layout.positions,
+            stored_across=across if layout.names.conv1d else (),
         )
 
     def _make_embeddings(self) -> bool:
@@ -168,20 +178,24 @@ class DecoderBuilder:
         self._linears[last] = self._pack(LM_HEAD, [{"weight": weight}])
         return tied
 
-    def _layer(self, index: int, names: LayerVectors) -> DecoderLayer:
+    def _layer(self, index: int, norms: Mapping[str, Norm]) -> DecoderLayer:
         config, first = self._config, 4 * index
+
+        def norm(field: str) -> Norm | None:
+            return norms.get(layer_place(index, field))
+
         cap, window = config.attention_softcap, config.windows[index]
         return DecoderLayer(
-            input_norm=self._norm(names.input_norm),
+            input_norm=norms[layer_place(index, "input_norm")],
             qkv=self._projection(first),
-            qk_norm=self._qk_norm(names),
+            qk_norm=norm(QK_NORM),
             o=self._projection(first + 1),
-            post_attention_norm=self._norm(names.post_attention_norm) if names.post_attention_norm else None,
-            mlp_norm=self._norm(names.mlp_norm),
+            post_attention_norm=norm("post_attention_norm"),
+            mlp_norm=norms[layer_place(index, "mlp_norm")],
             gate_up=self._projection(first + 2),
             activation=make_activation(config.activation, self._device, gated=config.gated_mlp),
             down=self._projection(first + 3),
-            post_mlp_norm=self._norm(names.post_mlp_norm) if names.post_mlp_norm else None,
+            post_mlp_norm=norm("post_mlp_norm"),
             params=AttentionParams(config.attention_scales[index], cap, window),
             num_heads=config.num_heads,
             num_kv_heads=config.num_kv_heads,
@@ -192,15 +206,3 @@ class DecoderBuilder:
         modules = self._layout.linears[site].modules
         biases = [self._vectors[f"{module.name}.bias"] for module in modules if module.bias]
         return Projection(self._linears[site], torch.cat(biases).to(self._activations) if biases else None, site)
-
-    def _norm(self, name: str) -> Norm:
-        weight, bias = self._vectors[f"{name}.weight"], self._vectors.get(f"{name}.bias")
-        return make_norm(self._config.norm, self._config.norm_eps, weight, bias, self._activations)
-
-    def _qk_norm(self, names: LayerVectors) -> Norm | None:
-        """Return one norm for the heads of q and k together: a row of weights per head."""
-        if names.q_norm is None or names.k_norm is None:
-            return None
-        q, k = (self._vectors[f"{name}.weight"].to(self._activations) for name in (names.q_norm, names.k_norm))
-        rows = [q] * self._config.num_heads + [k] * self._config.num_kv_heads
-        return RmsNorm(torch.stack(rows), self._config.norm_eps)

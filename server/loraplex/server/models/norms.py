@@ -60,13 +60,23 @@ class LayerNorm:
         return self(x.add_(delta))
 
 
-def make_norm(kind: NormKind, eps: float, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> Norm:
-    """Return the norm of that kind, its weights (features,) in the checkpoint's dtype and on the model's device."""
+def norm_tensors(
+    kind: NormKind, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
+) -> tuple[torch.Tensor, ...]:
+    """Return what a norm reads when it runs: its weights (features,) as the checkpoint has them, ready for `dtype`."""
     if kind == "layer":
         assert bias is not None, "a LayerNorm has a bias"
-        return LayerNorm(weight.to(dtype), bias.to(dtype), eps)
+        return weight.to(dtype), bias.to(dtype)
     # Gemma multiplies by 1 + w in float32.
-    weight = 1 + weight.float() if kind == "rms_plus_one" else weight.to(dtype)
+    return (1 + weight.float(),) if kind == "rms_plus_one" else (weight.to(dtype),)
+
+
+def make_norm(kind: NormKind, eps: float, tensors: tuple[torch.Tensor, ...], dtype: torch.dtype) -> Norm:
+    """Return the norm of that kind for activations in `dtype`, on the device of its `norm_tensors`."""
+    if kind == "layer":
+        weight, bias = tensors
+        return LayerNorm(weight, bias, eps)
+    (weight,) = tensors
     if weight.device.type == "cpu":
         from loraplex.server.models.pointwise import CpuRmsNorm
 

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
+from loraplex.server.lora.overrides import Overrides
 from loraplex.server.lora.segments import Segment
 from loraplex.server.lora.weights import PackedAdapter
 
@@ -59,12 +60,14 @@ class LoraOps(Protocol):
 class LoraContext:
     """A step's adapters, as the decoder hands them from layer to layer.
 
-    `tokens` is prepared for all T tokens of the batch, `logits` for the rows that go on to lm_head.
+    `tokens` is prepared for all T tokens of the batch, `logits` for the rows that go on to lm_head. `overrides` is for
+    adapters that change more than products, None where there are none.
     """
 
     ops: LoraOps
     tokens: object
     logits: object
+    overrides: Overrides | None = None
 
 
 def make_lora_ops(device: torch.device) -> LoraOps:

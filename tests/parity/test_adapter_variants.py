@@ -1,0 +1,119 @@
+"""Every kind of adapter in one batch with plain ones and the base: logits equal transformers' with edited weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from loraplex.adapters.binding import BoundAdapter
+from loraplex.server.lora.ops.cpu import CpuLoraOps
+from loraplex.server.lora.ops.interface import LoraContext, LoraOps
+from loraplex.server.lora.ops.reference import ReferenceLoraOps
+from loraplex.server.lora.overrides import find_overrides
+from loraplex.server.lora.packing import pack_adapter
+from loraplex.server.lora.segments import LoraBatch, build_segments
+from loraplex.server.lora.weights import PackedAdapter
+from loraplex.server.models.loader import LoadedModel, load_model
+from tests.parity.adapter_variants import VARIANTS, Draw, Edited, holds_one_scale_only
+from tests.parity.paged_rows import PagedRows
+from tests.parity.tiny_models import TINY_MODELS, VOCAB
+
+TOLERANCE = 1e-4
+# A family each: biases, norms of heads, tied and untied heads, fused modules, norms after, scaled embeddings, soft
+# caps, LayerNorms, learned positions, weights stored across.
+MODELS = (
+    "llama-biases",
+    "qwen2-tied",
+    "qwen3-windows",
+    "phi3-partial-rotary",
+    "gemma2-caps",
+    "gpt2-tied",
+    "gpt2-untied-scales",
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the batch; no adapter is the base."""
+
+    name: str
+    tokens: list[int]
+    adapter: BoundAdapter | None
+    scale: float = 1.0
+
+
+class Adapters:
+    """Makes the context of each pass for rows with adapters of their own."""
+
+    def __init__(self, rows: Sequence[Row], slots: Mapping[int, PackedAdapter], ops: LoraOps) -> None:
+        self._rows, self._slots, self._ops = rows, slots, ops
+
+    def __call__(self, spans: Sequence[tuple[int, int, int]]) -> LoraContext | None:
+        entries = [
+            (count, row if self._rows[row].adapter is not None else None, self._rows[row].scale)
+            for row, _, count in spans
+        ]
+        segments = build_segments(entries)
+        batch = LoraBatch(segments, segments)
+        prepared = self._ops.prepare(segments, self._slots)
+        return LoraContext(self._ops, prepared, prepared, find_overrides(batch, self._slots))
+
+
+def mixed_rows(model: LoadedModel) -> list[Row]:
+    """Two base rows and one of each kind, some of them at another scale."""
+    generator = torch.Generator().manual_seed(7)
+    rows = [Row("base", [], None)]
+    for number, (name, make) in enumerate(VARIANTS.items()):
+        adapter = make(model.base, Draw(number))
+        rows.append(Row(name, [], adapter))
+        if number % 2 and not holds_one_scale_only(adapter):
+            rows.append(Row(f"{name} at -0.5", [], adapter, -0.5))
+    rows.append(Row("base again", [], None))
+    lengths = torch.randint(9, 24, (len(rows),), generator=generator).tolist()
+    return [
+        Row(row.name, torch.randint(3, VOCAB, (length,), generator=generator).tolist(), row.adapter, row.scale)
+        for row, length in zip(rows, lengths, strict=True)
+    ]
+
+
+def expected_logits(reference: PreTrainedModel, model: LoadedModel, row: Row) -> torch.Tensor:
+    adapted = reference if row.adapter is None else Edited(model.base, row.scale).model(reference, row.adapter)
+    with torch.inference_mode():
+        logits: torch.Tensor = adapted(torch.tensor([row.tokens])).logits[0]
+    return logits
+
+
+def assert_parity(name: str, tmp_path: Path, ops: LoraOps) -> None:
+    (tiny,) = (tiny for tiny in TINY_MODELS if tiny.name == name)
+    reference = tiny.save(tmp_path)
+    model = load_model(str(tmp_path), dtype="float32", max_model_len=tiny.max_model_len)
+    rows = mixed_rows(model)
+    slots = {
+        index: pack_adapter(row.adapter, model.decoder.sites, model.dtype, torch.device("cpu"), model.decoder.base)
+        for index, row in enumerate(rows)
+        if row.adapter is not None
+    }
+    paged = PagedRows(model.decoder, [row.tokens for row in rows], model.dtype)
+    paged.advance_mixed(Adapters(rows, slots, ops))
+    with torch.inference_mode():
+        bases = [reference(torch.tensor([row.tokens])).logits[0] for row in rows]
+    for row, logits, base in zip(rows, paged.logits, bases, strict=True):
+        expected = expected_logits(reference, model, row)
+        changes = (expected - base).abs().max().item()
+        assert (changes > 0.1) == (row.adapter is not None), f"{row.name} changes the logits by {changes}"
+        difference = (torch.stack(logits) - expected).abs().max().item()
+        assert difference < TOLERANCE, f"{row.name}: off by {difference}"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_equal_transformers_with_edited_weights(name: str, tmp_path: Path) -> None:
+    assert_parity(name, tmp_path, CpuLoraOps())
+
+
+def test_the_reference_operator_does_too(tmp_path: Path) -> None:
+    assert_parity("gemma2-caps", tmp_path, ReferenceLoraOps())
