@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from loraplex.client import AliasTarget, Client
+from loraplex.client import AliasTarget, Client, SamplingOptions
 from loraplex.client.errors import AlreadyExistsError, InvalidRequestError, NotFoundError, PreconditionError
-from tests.integration.serving import Folders, RunningServer, eventually, fitting_adapter, greedy_ids
+from tests.integration.serving import CONTEXT, LONG, Folders, RunningServer, eventually, fitting_adapter, greedy_ids
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +98,113 @@ def test_aliases_move_at_once(own: RunningServer, client: Client) -> None:
     client.delete_alias("prod")
     with pytest.raises(NotFoundError):
         client.generate("x", "prod")
+
+
+def test_a_weighted_alias_keeps_to_its_keys(own: RunningServer, client: Client) -> None:
+    digests = [client.register_adapter("one", _make(own, seed)).adapter.digest for seed in (1, 2)]
+    versions = [adapter.number for adapter in client.get_adapter("one").versions]
+    assert versions == sorted(versions, reverse=True)
+    client.set_alias("canary", {f"one@{versions[1]}": 1, "one": 1})
+
+    def answered(key: str) -> str:
+        return client.generate("x", "canary", routing_key=key, max_tokens=1).adapter_digest
+
+    chosen = {key: answered(key) for key in map(str, range(24))}
+    assert set(chosen.values()) == set(digests)
+    assert {key: answered(key) for key in chosen} == chosen
+
+
+def test_one_version_goes_and_its_name_stays(own: RunningServer, client: Client) -> None:
+    old, new = (client.register_adapter("one", _make(own, seed)).adapter for seed in (1, 2))
+    gone = client.unregister_adapter(f"one@{old.version}")
+    assert (gone.digest, gone.active_requests, gone.disk_bytes_freed) == (old.digest, 0, old.size_bytes)
+    assert [version.digest for version in client.get_adapter("one").versions] == [new.digest]
+    with pytest.raises(NotFoundError, match="has no version"):
+        client.generate("x", f"one@{old.version}")
+
+
+def test_metadata_and_sampling_defaults(own: RunningServer, client: Client) -> None:
+    defaults = SamplingOptions(max_tokens=3, ignore_eos=True, stop=("never",), temperature=0.0)
+    adapter = client.register_adapter(
+        "one", _make(own, 1), "text", tags=["b", "a"], owner="me", default_sampling=defaults
+    ).adapter
+    assert (adapter.tags, adapter.owner, adapter.default_sampling) == (("a", "b"), "me", defaults)
+    assert adapter.source == str(_make(own, 1))
+    assert len(client.generate("x", "one").choices[0].token_ids) == 3
+    assert len(client.generate("x", "one", max_tokens=5).choices[0].token_ids) == 5
+    assert len(client.generate("x", max_tokens=4, ignore_eos=True).choices[0].token_ids) == 4
+    # What nobody asked for gives way where the context ends.
+    client.update_adapter("one", default_sampling=SamplingOptions(max_tokens=CONTEXT, ignore_eos=True))
+    assert len(client.generate([7] * (CONTEXT - 3), "one").choices[0].token_ids) == 3
+    with pytest.raises(InvalidRequestError, match=r"default_sampling\.top_p"):
+        client.update_adapter("one", default_sampling=SamplingOptions(top_p=2.0))
+    assert client.update_adapter("one", tags=[], owner="you").description == "text"
+    assert [a.name for a in client.list_adapters(owner="you")] == ["one"]
+    assert client.list_adapters(tags=["a"]) == []
+
+
+def test_usage_is_counted(own: RunningServer, client: Client) -> None:
+    client.register_adapter("one", _make(own, 1))
+    client.set_alias("alias", "one")
+    assert client.get_adapter("one").last_used_at is None
+    client.generate([5, 6, 7], "alias", max_tokens=4, ignore_eos=True, n=2)
+    with client.stream([5, 6], "one", max_tokens=LONG, ignore_eos=True) as stream:
+        next(stream)
+    eventually(lambda: client.get_adapter("one").request_count == 2, "both requests are counted")
+    used = client.get_adapter("one")
+    assert used.prompt_tokens == 5
+    assert 8 < used.generation_tokens < 8 + LONG, "the second was broken off"
+    assert used.last_used_at is not None
+
+
+def test_a_wrong_digest_is_refused(own: RunningServer, client: Client) -> None:
+    right = client.upload_adapter("one", _make(own, 1)).adapter.digest
+    for call in (client.upload_adapter, client.register_adapter):
+        with pytest.raises(PreconditionError, match="not the expected"):
+            call("one", _make(own, 2), expected_digest=right)
+        assert call("one", _make(own, 1), expected_digest=right).adapter.digest == right
+
+
+def test_unregistering_waits_for_requests_if_asked_to(own: RunningServer, client: Client) -> None:
+    adapter = client.register_adapter("one", _make(own, 1)).adapter
+    stream = client.stream("x", "one", max_tokens=LONG, ignore_eos=True)
+    next(stream)
+    gone = client.unregister_adapter("one", drain_timeout_s=0)
+    assert (gone.active_requests, gone.disk_bytes_freed) == (1, 0)
+    again = client.register_adapter("one", _make(own, 1)).adapter
+    assert (again.digest, again.active_requests) == (adapter.digest, 1)
+    with ThreadPoolExecutor(1) as threads:
+        draining = threads.submit(client.unregister_adapter, "one", drain_timeout_s=60)
+        eventually(lambda: not client.list_adapters(), "the name has gone at once")
+        stream.close()
+        left = draining.result(30)
+    assert (left.active_requests, left.disk_bytes_freed) == (0, adapter.size_bytes)
+    with pytest.raises(InvalidRequestError, match="drain_timeout_s"):
+        client.unregister_adapter("one", drain_timeout_s=-1)
+
+
+def test_the_reply_says_what_came_free(own: RunningServer, client: Client) -> None:
+    client.register_adapter("one", _make(own, 1))
+    client.generate("x", "one", max_tokens=1)
+    held = client.get_adapter("one")
+    assert held.resident
+    assert held.device_bytes > 0
+    gone = client.unregister_adapter("one")
+    assert (gone.device_bytes_freed, gone.host_bytes_freed) == (held.device_bytes, held.host_bytes)
+    assert gone.disk_bytes_freed == held.size_bytes
+    client.register_adapter("one", _make(own, 1))
+    assert client.unregister_adapter("one").device_bytes_freed == 0, "nothing was loaded"
+
+
+def test_the_series_of_a_name_go_with_its_last_request(own: RunningServer, client: Client) -> None:
+    client.register_adapter("gone", _make(own, 1))
+    stream = client.stream("x", "gone", max_tokens=LONG, ignore_eos=True)
+    next(stream)
+    series = 'generation_tokens_total{adapter="gone"}'
+    eventually(lambda: own.metric(series) > 0, "its tokens are counted")
+    client.unregister_adapter("gone", drain_timeout_s=0)
+    stream.close()
+    eventually(lambda: own.metric(series) == 0, "the series has gone")
 
 
 def test_pin_and_unpin(own: RunningServer, client: Client) -> None:

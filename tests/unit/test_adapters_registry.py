@@ -22,6 +22,7 @@ from loraplex.adapters.errors import (
 )
 from loraplex.adapters.formats import read_adapter
 from loraplex.adapters.metadata import MetadataChange
+from loraplex.adapters.records import AdapterFilter
 from loraplex.adapters.registry import AdapterRegistry
 from loraplex.adapters.store import LocalBlobStore
 from tests.adapter_factory import tensors, tiny_base, write_adapter
@@ -140,11 +141,11 @@ def test_listing_filters_and_pages(registry: AdapterRegistry, source: Path) -> N
     names = [f"x{i}" for i in range(7)]
     for name in [*reversed(names), "y"]:
         registry.register(name, source / "one")
-    page = registry.list("x", page_size=3)
+    page = registry.list(AdapterFilter("x"), page_size=3)
     seen = [record.name for record in page.records]
     registry.unregister("x2")
     while page.next_page_token:
-        page = registry.list("x", page_size=3, page_token=page.next_page_token)
+        page = registry.list(AdapterFilter("x"), page_size=3, page_token=page.next_page_token)
         seen += [record.name for record in page.records]
     assert seen == names
     assert [record.name for record in registry.list().records] == [n for n in [*names, "y"] if n != "x2"]

@@ -20,6 +20,7 @@ def announced(name: str, data: bytes) -> UploadFile:
 
 
 CONTENT = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights", "README.md": b"read me"}
+LIMIT = 1 << 20
 HEADER = [announced(name, data) for name, data in CONTENT.items()]
 
 
@@ -27,7 +28,8 @@ def test_an_upload_in_odd_chunks_registers_like_a_folder(tmp_path: Path) -> None
     source = write_adapter(tmp_path / "source", template="t")
     files = {path.name: path.read_bytes() for path in source.iterdir()} | {"README.md": b"read me"}
     registry = AdapterRegistry(tmp_path / "root", tiny_base())
-    with UploadStager(registry.incoming, [announced(name, data) for name, data in files.items()]) as stager:
+    header = [announced(name, data) for name, data in files.items()]
+    with UploadStager(registry.incoming, header, registry.max_bytes) as stager:
         for name, data in files.items():
             for start in range(0, len(data), 301):
                 stager.write(name, data[start : start + 301])
@@ -56,7 +58,7 @@ def test_an_upload_in_odd_chunks_registers_like_a_folder(tmp_path: Path) -> None
 )
 def test_bad_headers(tmp_path: Path, files: list[UploadFile], reason: str) -> None:
     with pytest.raises(InvalidRequestError, match=reason):
-        UploadStager(tmp_path, files)
+        UploadStager(tmp_path, files, LIMIT)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -79,7 +81,7 @@ def test_bad_headers(tmp_path: Path, files: list[UploadFile], reason: str) -> No
 )
 def test_bad_chunks_leave_nothing(tmp_path: Path, chunks: list[tuple[str, bytes]], reason: str) -> None:
     def upload() -> None:
-        with UploadStager(tmp_path, HEADER) as stager:
+        with UploadStager(tmp_path, HEADER, LIMIT) as stager:
             for name, data in chunks:
                 stager.write(name, data)
             stager.finish()
@@ -90,7 +92,7 @@ def test_bad_chunks_leave_nothing(tmp_path: Path, chunks: list[tuple[str, bytes]
 
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
-    with UploadStager(tmp_path, HEADER) as stager:
+    with UploadStager(tmp_path, HEADER, LIMIT) as stager:
         next(tmp_path.iterdir()).joinpath("adapter_config.json").symlink_to("/dev/full")
         with pytest.raises(ResourceExhaustedError, match="disk is full"):
             stager.write("adapter_config.json", b"{}")

@@ -16,6 +16,7 @@ import pytest
 from google.rpc import error_details_pb2
 from typer.testing import CliRunner, Result
 
+from loraplex.adapters.sources import SourcePolicy
 from loraplex.cli import connection, serve
 from loraplex.cli.main import app
 from loraplex.cli.sizes import format_size, parse_size
@@ -291,7 +292,8 @@ def test_serve_options(run: Run, configs: list[ServerConfig]) -> None:
             *("--max-num-seqs", 4, "--max-num-batched-tokens", 5, "--max-model-len", 6, "--max-waiting", 7),
             *("--block-size", 8, "--kv-cache-memory", "9MiB", "--adapter-device-memory", "1.5GiB", "--threads", 10),
             *("--adapter-host-memory", "3GiB"),
-            *("--adapter-dtype", "float32", "--no-prefix-caching"),
+            *("--adapter-dtype", "float32", "--no-prefix-caching", "--adapter-source", "hf://org"),
+            *("--adapter-source", "s3://bucket/adapters", "--adapter-source-timeout", 9, "--max-upload-size", "1GiB"),
         )
     )
     assert configs == [
@@ -312,6 +314,7 @@ def test_serve_options(run: Run, configs: list[ServerConfig]) -> None:
             ),
             adapters=(Path("a"), Path("b")),
             adapter_roots=(Path("r"),),
+            sources=SourcePolicy(("hf://org", "s3://bucket/adapters"), 1024 * MIB, 9.0),
             state_dir=Path("s"),
             export_root=Path("e"),
             host="0.0.0.0",

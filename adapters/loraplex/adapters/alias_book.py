@@ -35,8 +35,7 @@ class AliasBook:
             now = self._catalog.directory
             for target in wanted:
                 now.adapter(parse_selector(target.name).name)
-                if now.find(target.name) is None:
-                    raise now.not_found(target.name)
+                now.require(target.name)
             if alias in now.names:
                 raise AlreadyExistsError(f"{alias} is the name of an adapter; choose another alias")
             known = now.aliases.get(alias)

@@ -21,6 +21,7 @@ from loraplex.adapters.directory import Directory, NamedAdapter, Pin, Version
 from loraplex.adapters.errors import CorruptStoreError, ResourceExhaustedError
 from loraplex.adapters.metadata import Metadata
 from loraplex.adapters.traits import AdapterTraits
+from loraplex.adapters.usage import Usage
 
 
 class Catalog:
@@ -123,6 +124,36 @@ class Catalog:
                 chosen = schema.versions.update().where(schema.versions.c.digest == digest)
                 connection.execute(chosen.values(base_fingerprint=base_fingerprint))
         self.directory = self.read()
+
+    def read_usage(self) -> Mapping[str, Usage]:
+        """Read how much each name has been used."""
+        with self._engine.connect() as connection:
+            rows = connection.execute(sa.select(schema.usage)).all()
+        return {
+            row.name: Usage(
+                row.requests, row.prompt_tokens, row.generation_tokens, datetime.fromisoformat(row.last_used_at)
+            )
+            for row in rows
+        }
+
+    def write_usage(self, usage: Mapping[str, Usage]) -> None:
+        """Replace the usage of these registered names."""
+        rows = [
+            {
+                "name": name,
+                "requests": used.requests,
+                "prompt_tokens": used.prompt_tokens,
+                "generation_tokens": used.generation_tokens,
+                "last_used_at": used.last_used_at.isoformat(),
+            }
+            for name, used in usage.items()
+            if used.last_used_at is not None
+        ]
+        if not rows:
+            return
+        with self._transaction() as connection:
+            connection.execute(schema.usage.delete().where(schema.usage.c.name.in_(usage)))
+            connection.execute(schema.usage.insert(), rows)
 
     def close(self) -> None:
         """Close the database."""

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,6 +30,7 @@ import torch
 FORMAT = "loraplex-adapter-v1"
 PREFIX = "sha256:"
 DTYPE_NAMES: Mapping[torch.dtype, str] = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_DIGEST = re.compile(re.escape(PREFIX) + "[0-9a-f]{64}")
 _UNORDERED = frozenset({"target_modules", "exclude_modules", "modules_to_save"})
 _ORDERED = frozenset({"rank_pattern", "alpha_pattern"})
 
@@ -67,6 +69,11 @@ def adapter_digest(
     if chat_template is not None:
         field(chat_template.encode())
     return PREFIX + hasher.hexdigest()
+
+
+def is_digest(text: str) -> bool:
+    """Whether `text` has the form of a digest."""
+    return _DIGEST.fullmatch(text) is not None
 
 
 def canonical_config(config: Mapping[str, Any]) -> str:

@@ -114,6 +114,17 @@ class Directory:
         version = adapter.select(wanted) if adapter else None
         return (adapter, version) if adapter and version else None
 
+    def require(self, selector: str) -> tuple[NamedAdapter, Version]:
+        """Like `find`.
+
+        Raises:
+            NotFoundError: there is no such thing; says what there is instead.
+        """
+        found = self.find(selector)
+        if found is None:
+            raise self.not_found(selector)
+        return found
+
     def adapter(self, name: str) -> NamedAdapter:
         """Return the adapter registered as `name`.
 

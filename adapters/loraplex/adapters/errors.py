@@ -91,3 +91,7 @@ class AdapterFormatError(PreconditionError):
 
 class CorruptStoreError(LoraplexError):
     """Stored adapter weights that are no longer what their digest says."""
+
+
+class SourceError(PreconditionError):
+    """A place that an adapter was to come from and that cannot be read: no driver, no answer, too much."""

@@ -18,8 +18,8 @@ from loraplex.adapters.errors import AdapterFormatError, InvalidRequestError
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 TEMPLATE_FILE = "chat_template.jinja"
-_TOKENIZER_CONFIG = "tokenizer_config.json"
-_MAX_TEXT_BYTES = {CONFIG_FILE: 1 << 20, TEMPLATE_FILE: 1 << 20, _TOKENIZER_CONFIG: 32 << 20}
+TOKENIZER_CONFIG = "tokenizer_config.json"
+_MAX_TEXT_BYTES = {CONFIG_FILE: 1 << 20, TEMPLATE_FILE: 1 << 20, TOKENIZER_CONFIG: 32 << 20}
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
@@ -107,9 +107,9 @@ def read_chat_template(folder: Path) -> str | None:
     try:
         if find_inside(folder, TEMPLATE_FILE) is not None:
             return read_inside(folder, TEMPLATE_FILE).decode()
-        if find_inside(folder, _TOKENIZER_CONFIG) is None:
+        if find_inside(folder, TOKENIZER_CONFIG) is None:
             return None
-        config = json.loads(read_inside(folder, _TOKENIZER_CONFIG))
+        config = json.loads(read_inside(folder, TOKENIZER_CONFIG))
     except (ValueError, RecursionError) as error:
         raise AdapterFormatError.of("chat template", f"cannot be read: {error}") from error
     template = config.get("chat_template") if isinstance(config, dict) else None
@@ -119,7 +119,7 @@ def read_chat_template(folder: Path) -> str | None:
     if template is None:
         return None
     if not isinstance(template, str) or any("\ud800" <= character <= "\udfff" for character in template):
-        raise AdapterFormatError.of(_TOKENIZER_CONFIG, "has a chat_template that is not text")
+        raise AdapterFormatError.of(TOKENIZER_CONFIG, "has a chat_template that is not text")
     return template
 
 

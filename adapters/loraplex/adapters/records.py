@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
 from loraplex.adapters.directory import NamedAdapter, Version
 from loraplex.adapters.metadata import Metadata
 from loraplex.adapters.traits import AdapterTraits
+from loraplex.adapters.usage import NONE, Usage
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class AdapterRecord:
         pinned: whether its weights are to stay on the device.
         problem: empty, or why it cannot serve requests although it is registered: its base or its stored weights have
             changed since.
+        usage: of all versions of the name.
     """
 
     adapter: NamedAdapter
@@ -29,6 +32,8 @@ class AdapterRecord:
     aliases: tuple[str, ...] = ()
     pinned: bool = False
     problem: str = ""
+    has_chat_template: bool = False
+    usage: Usage = NONE
 
     @property
     def name(self) -> str:
@@ -84,12 +89,31 @@ class Unregistration:
     """A name or one of its versions taken away.
 
     Attributes:
+        name: without the version.
         digest: what it meant.
-        active_requests: how many requests still run on any of the versions that went.
+        active_requests: how many requests still ran on any of the versions that went.
+        unnamed: sizes in bytes, by digest, of the weights that no name has any more; they go once no request uses them.
     """
 
+    name: str
     digest: str
     active_requests: int
+    unnamed: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class AdapterFilter:
+    """Which adapters a listing is about: names with this text in them, all of these tags, this owner (empty: any)."""
+
+    name_contains: str = ""
+    tags: tuple[str, ...] = ()
+    owner: str = ""
+
+    def __call__(self, adapter: NamedAdapter) -> bool:
+        """Whether `adapter` is one of them."""
+        metadata = adapter.metadata
+        owned = not self.owner or metadata.owner == self.owner
+        return owned and self.name_contains in adapter.name and set(self.tags) <= set(metadata.tags)
 
 
 @dataclass(frozen=True)

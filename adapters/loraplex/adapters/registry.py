@@ -17,18 +17,23 @@ from pathlib import Path
 from loraplex.adapters.alias_book import AliasBook
 from loraplex.adapters.binding import BaseModel, BindReport, BoundAdapter
 from loraplex.adapters.catalog import Catalog
+from loraplex.adapters.digest import PREFIX, is_digest
 from loraplex.adapters.directory import Directory, NamedAdapter, Version
 from loraplex.adapters.disk import lock_folder, removed_at_exit
 from loraplex.adapters.errors import AlreadyExistsError, InvalidRequestError, PreconditionError
-from loraplex.adapters.folder import require_inside
 from loraplex.adapters.metadata import Metadata, MetadataChange
-from loraplex.adapters.names import check_name, decode_page_token, encode_page_token, parse_selector
-from loraplex.adapters.records import AdapterPage, AdapterRecord, Registration, Unregistration
+from loraplex.adapters.names import Selector, check_name, decode_page_token, encode_page_token, parse_selector
+from loraplex.adapters.pins import Pins
+from loraplex.adapters.records import AdapterFilter, AdapterPage, AdapterRecord, Registration, Unregistration
+from loraplex.adapters.sources import AdapterSources, SourcePolicy
 from loraplex.adapters.stock import Stock
+from loraplex.adapters.usage import UsageMeter
 
 DEFAULT_PAGE, MAX_PAGE = 100, 1000
 UPLOADED = "upload"
 NO_CHANGE = MetadataChange()
+EVERY = AdapterFilter()
+NO_URLS = SourcePolicy()
 
 
 class AdapterRegistry:
@@ -37,8 +42,10 @@ class AdapterRegistry:
     A name keeps its versions until they are unregistered, so that `name@2` finds an earlier one.
     """
 
-    def __init__(self, root: Path, base: BaseModel, allowed_roots: Sequence[Path] = ()) -> None:
-        """Open or create the registry at `root`; `register` reads only below `allowed_roots`.
+    def __init__(
+        self, root: Path, base: BaseModel, allowed_roots: Sequence[Path] = (), policy: SourcePolicy = NO_URLS
+    ) -> None:
+        """Open or create the registry at `root`; `register` reads only below `allowed_roots` and what `policy` allows.
 
         Uploads are put together in new folders in `incoming`.
 
@@ -52,7 +59,7 @@ class AdapterRegistry:
         root = root.absolute()
         root.mkdir(parents=True, exist_ok=True)
         self.incoming = root / "incoming"
-        self._allowed_roots = tuple(folder.resolve() for folder in allowed_roots)
+        self._sources = AdapterSources(allowed_roots, policy, self.incoming)
         self._owner = lock_folder(root)
         try:
             self._stock = Stock(root / "store", base)
@@ -63,6 +70,8 @@ class AdapterRegistry:
             if rebound:
                 self._catalog.set_fingerprint(rebound, base.fingerprint)
             self.aliases = AliasBook(self._catalog, self._stock.writing)
+            self.pins = Pins(self._catalog, self._stock.writing, self._stock.problem)
+            self._usage = UsageMeter(self._catalog.read_usage(), self._save_usage)
         except BaseException:
             self._owner.close()
             raise
@@ -80,36 +89,37 @@ class AdapterRegistry:
         return self._catalog.directory
 
     @property
+    def max_bytes(self) -> int:
+        """The largest adapter that may be fetched or uploaded, all its files together."""
+        return self._sources.policy.max_bytes
+
+    @property
     def digests(self) -> frozenset[str]:
         """Digests of all versions that some name has."""
         return self._catalog.directory.digests
-
-    @property
-    def pinned(self) -> frozenset[str]:
-        """Digests of the versions that are to stay on the device and can be used."""
-        return frozenset(digest for digest in self.directory.pinned_digests if not self._stock.problem(digest))
 
     def count(self) -> int:
         """Return how many names are registered."""
         return len(self.directory.names)
 
     def register(
-        self, name: str, path: Path, change: MetadataChange = NO_CHANGE, expected_digest: str = ""
+        self, name: str, source: str | Path, change: MetadataChange = NO_CHANGE, expected_digest: str = ""
     ) -> Registration:
-        """Take in the adapter in the folder `path` under `name`; the name may have an earlier version.
+        """Take in the adapter at `source`, a folder or a URL, under `name`, which may have an earlier version.
 
         The current content again changes nothing but the metadata. A registration that fails changes nothing.
 
         Raises:
-            InvalidRequestError: the name or the metadata are not allowed, or `path` is not below the allowed roots.
+            InvalidRequestError: the name, the metadata or the source are not allowed.
+            NotFoundError: the source has no adapter.
             PreconditionError: the adapter cannot be served (`report_id` leads to all findings), or is not the one
                 with `expected_digest`.
             AlreadyExistsError: `name` is an alias.
             ResourceExhaustedError: the disk is full.
         """
         check_name(name)
-        folder = require_inside(path, self._allowed_roots)
-        return self._register(name, folder, str(path), change, expected_digest)
+        with self._sources.folder(str(source)) as folder:
+            return self._register(name, folder, str(source), change, expected_digest)
 
     def register_upload(
         self, name: str, staged: Path, change: MetadataChange = NO_CHANGE, expected_digest: str = ""
@@ -136,16 +146,19 @@ class AdapterRegistry:
             version = adapter.select(wanted)
             if version is None:
                 raise before.not_found(selector)
-            kept = tuple(v for v in adapter.versions if not wanted.is_bare and v.digest != version.digest)
+            kept = tuple(v for v in adapter.versions if not _is_meant(v, wanted, version))
             left = replace(adapter, versions=kept)
             dangling = before.with_adapter(left).dangling()
             if dangling:
                 raise PreconditionError(f"{selector} has aliases ({', '.join(dangling)}); move or delete them first")
-            gone = frozenset(v.digest for v in adapter.versions if v not in kept)
+            gone = {v.digest: v.size_bytes for v in adapter.versions if v not in kept}
             active = self._stock.active(gone)
             self._catalog.reduce(left)
+            if not kept:
+                self._usage.forget(adapter.name)
             self._stock.collect(gone)
-        return Unregistration(version.digest, active)
+            unnamed = {digest: size for digest, size in gone.items() if digest not in self.digests}
+        return Unregistration(adapter.name, version.digest, active, unnamed)
 
     def resolve(self, name: str) -> AdapterRecord:
         """Return the version that `name`, an alias, or either with a version means now.
@@ -181,9 +194,22 @@ class AdapterRegistry:
         """
         self._stock.release(digest)
 
+    def count_use(self, name: str, prompt_tokens: int, generation_tokens: int) -> None:
+        """Count a request that has ended on `name`; waits for no disk. A name that has gone meanwhile is ignored."""
+        if name in self.directory.names:
+            self._usage.count(name, prompt_tokens, generation_tokens)
+
     def drained(self, digests: Iterable[str]) -> Future[None]:
         """Return a future that is done once no request is active on any of `digests`."""
         return self._stock.drained(digests)
+
+    def active(self, digests: Iterable[str]) -> int:
+        """Return how many requests are active on any of `digests`."""
+        return self._stock.active(digests)
+
+    def is_stored(self, digest: str) -> bool:
+        """Whether weights are stored under `digest`."""
+        return self._stock.has(digest)
 
     def load(self, digest: str) -> BoundAdapter:
         """Read the weights of `digest` from the store and check that they are what was registered.
@@ -215,13 +241,10 @@ class AdapterRegistry:
 
     def get(self, name: str) -> AdapterRecord:
         """Like `resolve`, but also for an adapter that cannot serve requests."""
-        record = self._find(name)
-        if record is None:
-            raise self.directory.not_found(name)
-        return record
+        return self._record(*self.directory.require(name))
 
-    def list(self, name_contains: str = "", page_size: int = 0, page_token: str = "") -> AdapterPage:
-        """Return a page of the registered names that contain `name_contains`; size 0 means 100, 1000 is the most.
+    def list(self, chosen: AdapterFilter = EVERY, page_size: int = 0, page_token: str = "") -> AdapterPage:
+        """Return a page of the adapters that are `chosen`, by name; size 0 means 100, 1000 is the most.
 
         Raises:
             InvalidRequestError: a negative size, or a token that no earlier page gave.
@@ -231,9 +254,9 @@ class AdapterRegistry:
         after = decode_page_token(page_token)
         size = min(page_size or DEFAULT_PAGE, MAX_PAGE)
         names = self.directory.names
-        chosen = list(islice((n for n in sorted(names) if n > after and name_contains in n), size + 1))
-        records = tuple(self._record(names[n], names[n].current) for n in chosen[:size])
-        return AdapterPage(records, encode_page_token(chosen[size - 1]) if len(chosen) > size else "")
+        found = list(islice((n for n in sorted(names) if n > after and chosen(names[n])), size + 1))
+        records = tuple(self._record(names[n], names[n].current) for n in found[:size])
+        return AdapterPage(records, encode_page_token(found[size - 1]) if len(found) > size else "")
 
     def update(self, name: str, change: MetadataChange) -> AdapterRecord:
         """Change what is given.
@@ -248,36 +271,6 @@ class AdapterRegistry:
             if metadata != adapter.metadata:
                 self._catalog.describe(name, metadata)
         return self.get(name)
-
-    def pin(self, selector: str) -> AdapterRecord:
-        """Note that an adapter's weights are to stay on the device: of a name whichever is current, or of one version.
-
-        An alias stands for what it points at now.
-
-        Raises:
-            NotFoundError: as `resolve`.
-            PreconditionError: as `resolve`.
-        """
-        with self._stock.writing():
-            record = self.resolve(selector)
-            follows = "@" not in selector and record.version == record.adapter.current
-            number = 0 if follows else record.version.number
-            self._catalog.set_pins(self.directory.pins | {(record.name, number)})
-        return self.get(selector)
-
-    def unpin(self, selector: str) -> AdapterRecord:
-        """Take every pin away that keeps this version of this name on the device.
-
-        Raises:
-            NotFoundError: nothing has that name.
-        """
-        with self._stock.writing():
-            record = self.get(selector)
-            numbers = {v.number for v in record.adapter.versions if v.digest == record.digest}
-            if record.digest == record.adapter.current.digest:
-                numbers.add(0)
-            self._catalog.set_pins(self.directory.pins - {(record.name, number) for number in numbers})
-        return self.get(selector)
 
     def bind_report(self, report_id: str) -> BindReport:
         """Return the findings on one of the last 100 refused registrations.
@@ -298,7 +291,8 @@ class AdapterRegistry:
             self._stock.check_integrity()
 
     def close(self) -> None:
-        """Close the catalog and give `root` free."""
+        """Save what is not saved yet, close the catalog and give `root` free."""
+        self._usage.close()
         self._catalog.close()
         self._owner.close()
 
@@ -306,6 +300,8 @@ class AdapterRegistry:
         self, name: str, folder: Path, source: str, change: MetadataChange, expected_digest: str
     ) -> Registration:
         change.applied_to(Metadata())  # what is wrong with it is said before anything is read
+        if expected_digest and not is_digest(expected_digest):
+            raise InvalidRequestError.of("expected_digest", f"is no digest ({PREFIX} and 64 hexadecimal digits)")
         with self._stock.candidate(folder, source, expected_digest) as candidate:
             digest = candidate.version.digest
             damaged = self._stock.is_damaged(digest)
@@ -325,7 +321,16 @@ class AdapterRegistry:
                 adapter = self.directory.names[name]
                 return Registration(self._record(adapter, adapter.current), known.current.digest if known else None)
 
-    def _find(self, name: str, routing_key: str | None = None) -> AdapterRecord | None:
+    def _save_usage(self) -> None:
+        # Taken inside, so that a name which is unregistered and registered again meanwhile begins at nothing.
+        with self._stock.writing():
+            with self._usage.unsaved() as usage:
+                names = self.directory.names
+                self._catalog.write_usage({name: used for name, used in usage.items() if name in names})
+            for name in usage.keys() - names.keys():
+                self._usage.forget(name)
+
+    def _find(self, name: str, routing_key: str | None) -> AdapterRecord | None:
         found = self.directory.find(name, routing_key)
         return self._record(*found) if found else None
 
@@ -338,7 +343,16 @@ class AdapterRegistry:
             aliases=now.aliases_of.get(adapter.name, ()),
             pinned=version.digest in now.pinned_digests,
             problem=self._stock.problem(version.digest),
+            has_chat_template=self._stock.has_template(version.digest),
+            usage=self._usage.of(adapter.name),
         )
+
+
+def _is_meant(version: Version, wanted: Selector, found: Version) -> bool:
+    """Whether unregistering what `wanted` found takes `version` away: all of a name, all of a digest, or one number."""
+    if wanted.is_bare:
+        return True
+    return version.number == found.number if wanted.number else version.digest == found.digest
 
 
 def _usable(name: str, record: AdapterRecord) -> AdapterRecord:

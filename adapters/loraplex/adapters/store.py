@@ -5,18 +5,15 @@ Knows nothing about what is in a folder, nor who needs it; the registry decides 
 
 from __future__ import annotations
 
-import re
 import shutil
 import tempfile
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
-from loraplex.adapters.digest import PREFIX
+from loraplex.adapters.digest import PREFIX, is_digest
 from loraplex.adapters.disk import disk_full_is_typed, move_folder, removed_at_exit, sync_folder
 from loraplex.adapters.errors import NotFoundError
-
-_DIGEST = re.compile(re.escape(PREFIX) + "[0-9a-f]{64}")
 
 
 class BlobStore(Protocol):
@@ -88,9 +85,9 @@ class LocalBlobStore:
 
     def digests(self) -> frozenset[str]:
         """See `BlobStore.digests`."""
-        return frozenset(PREFIX + path.name for path in self._blobs.iterdir() if _DIGEST.fullmatch(PREFIX + path.name))
+        return frozenset(PREFIX + path.name for path in self._blobs.iterdir() if is_digest(PREFIX + path.name))
 
     def _path(self, digest: str) -> Path:
-        if not _DIGEST.fullmatch(digest):
+        if not is_digest(digest):
             raise NotFoundError(f"{digest!r:.100} is not a digest")
         return self._blobs / digest.removeprefix(PREFIX)

@@ -21,7 +21,6 @@ from loraplex.adapters.folder import CONFIG_FILE, TEMPLATE_FILE, WEIGHTS_FILE
 
 ALLOWED_FILES = (CONFIG_FILE, WEIGHTS_FILE, TEMPLATE_FILE, "README.md")
 REQUIRED_FILES = (CONFIG_FILE, WEIGHTS_FILE)
-MAX_UPLOAD_BYTES = 4 << 30
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
@@ -38,14 +37,14 @@ class UploadStager:
     """One upload. Use as a context manager: leaving it removes the folder, unless it was handed on by then.
 
     ```
-    with UploadStager(registry.incoming, files) as stager:
+    with UploadStager(registry.incoming, files, registry.max_bytes) as stager:
         for chunk in chunks:
             stager.write(chunk.file, chunk.data)
         registry.register_upload(name, stager.finish())
     ```
     """
 
-    def __init__(self, incoming: Path, files: Sequence[UploadFile], max_bytes: int = MAX_UPLOAD_BYTES) -> None:
+    def __init__(self, incoming: Path, files: Sequence[UploadFile], max_bytes: int) -> None:
         """Check the header and make an empty folder in `incoming`.
 
         Raises:

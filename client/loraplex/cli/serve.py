@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from loraplex.adapters.sources import SourcePolicy
 from loraplex.cli.model import with_demo
 from loraplex.cli.sizes import format_size, parse_size
 from loraplex.server.config import EngineConfig, ModelConfig, ServerConfig
@@ -40,6 +41,18 @@ def serve(
         list[Path] | None,
         typer.Option(help="Clients may register folders below this one; repeatable.", rich_help_panel=_ADAPTERS),
     ] = None,
+    adapter_source: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Clients may register from URLs below this one (hf://org); repeatable.", rich_help_panel=_ADAPTERS
+        ),
+    ] = None,
+    adapter_source_timeout: Annotated[
+        float, typer.Option(help="Seconds that fetching one from a URL may take.", rich_help_panel=_ADAPTERS)
+    ] = SourcePolicy.timeout_s,
+    max_upload_size: Annotated[
+        str, typer.Option(help="The largest adapter taken by upload or from a URL.", rich_help_panel=_ADAPTERS)
+    ] = format_size(SourcePolicy.max_bytes),
     adapter_device_memory: Annotated[
         str, typer.Option(help="For adapter weights beside the base.", rich_help_panel=_ADAPTERS)
     ] = format_size(EngineConfig.adapter_device_memory),
@@ -101,6 +114,11 @@ def serve(
             enable_prefix_caching=prefix_caching,
             threads=threads,
         )
+        sources = SourcePolicy(
+            url_prefixes=tuple(adapter_source or ()),
+            max_bytes=parse_size(max_upload_size, "--max-upload-size"),
+            timeout_s=adapter_source_timeout,
+        )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     config = ServerConfig(
@@ -108,6 +126,7 @@ def serve(
         engine=engine,
         adapters=tuple(adapters or ()),
         adapter_roots=tuple(adapter_root or ()),
+        sources=sources,
         state_dir=state_dir,
         export_root=export_root,
         host=host,

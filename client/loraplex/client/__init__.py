@@ -22,6 +22,7 @@ from loraplex.client.errors import (
 from loraplex.client.options import ChatMessage, Prompt, SamplingOptions
 from loraplex.client.results import (
     Adapter,
+    AdapterVersion,
     AliasTarget,
     BindEntry,
     BindReport,
@@ -48,6 +49,7 @@ __all__ = [
     "DEFAULT_TARGET",
     "NO_RETRY",
     "Adapter",
+    "AdapterVersion",
     "AliasTarget",
     "AlreadyExistsError",
     "AsyncClient",

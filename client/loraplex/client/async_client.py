@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar, Unpack
@@ -16,7 +16,7 @@ from loraplex.client.channel import DEFAULT_TARGET, ChannelOptions
 from loraplex.client.client import DEFAULT_TIMEOUT_S
 from loraplex.client.downloads import Download, DownloadProgress
 from loraplex.client.errors import DeadlineError, LoraplexClientError, UnavailableError
-from loraplex.client.options import Prompt, SamplingKeywords, SamplingOptions, combine
+from loraplex.client.options import Prompt, RegistrationKeywords, SamplingKeywords, SamplingOptions, combine
 from loraplex.client.results import (
     Adapter,
     AliasTarget,
@@ -75,16 +75,18 @@ class AsyncClient:
         request_id: str = "",
         cache_salt: str = "",
         tenant: str = "",
+        routing_key: str = "",
         **options: Unpack[SamplingKeywords],
     ) -> Generation:
         """Answer `prompt` (text, chat messages or token ids) with the base model, or with `adapter` on it.
 
-        `adapter` is a registered name, an alias, or `name@sha256:...`; `scale` multiplies its own scaling. `options`
-        are fields of SamplingOptions and go over `sampling`. Requests with different `cache_salt` share no cached
-        prompt; `tenant` says whom the request belongs to.
+        `adapter` is a registered name, an alias, or either with a version (`name@2`, `name@sha256:...`); `scale`
+        multiplies its own scaling. `options` are fields of SamplingOptions and go over `sampling`; what neither sets
+        takes the adapter's default. Requests with different `cache_salt` share no cached prompt; `tenant` says whom the
+        request belongs to. Of an alias with several targets, equal `routing_key`s get the same one.
         """
         chosen = combine(sampling, **options)
-        request = requests.generate_request(prompt, adapter, scale, chosen, request_id, cache_salt, tenant)
+        request = requests.generate_request(prompt, adapter, scale, chosen, request_id, cache_salt, tenant, routing_key)
         return await self._unary(requests.generate(request), timeout)
 
     def stream(
@@ -98,19 +100,26 @@ class AsyncClient:
         request_id: str = "",
         cache_salt: str = "",
         tenant: str = "",
+        routing_key: str = "",
         **options: Unpack[SamplingKeywords],
     ) -> AsyncGenerationStream:
         """Answer as `generate` does, piece by piece; the last piece has the usage."""
         chosen = combine(sampling, **options)
-        request = requests.generate_request(prompt, adapter, scale, chosen, request_id, cache_salt, tenant)
+        request = requests.generate_request(prompt, adapter, scale, chosen, request_id, cache_salt, tenant, routing_key)
         call = requests.generate_stream(request)
         return AsyncGenerationStream(call, *self._transport.opener(call, self._timeout_or(timeout)))
 
     async def register_adapter(
-        self, name: str, path: str | Path, description: str = "", *, timeout: float | None = None
+        self,
+        name: str,
+        path: str | Path,
+        description: str = "",
+        *,
+        timeout: float | None = None,
+        **metadata: Unpack[RegistrationKeywords],
     ) -> Registration:
-        """Register the adapter in the folder `path` on the server, below one of its adapter roots."""
-        return await self._unary(requests.register_adapter(name, path, description), timeout)
+        """Register the adapter in the folder `path` on the server or at that URL, where the server allows it."""
+        return await self._unary(requests.register_adapter(name, path, description, **metadata), timeout)
 
     async def upload_adapter(
         self,
@@ -120,9 +129,10 @@ class AsyncClient:
         *,
         progress: Callable[[UploadProgress], None] | None = None,
         timeout: float | None = None,
+        **metadata: Unpack[RegistrationKeywords],
     ) -> Registration:
         """Send the adapter in the local `folder` and register it; `progress` is called on another thread."""
-        upload = await asyncio.to_thread(Upload, name, Path(folder), description, progress)
+        upload = await asyncio.to_thread(Upload, name, Path(folder), description, progress, **metadata)
         return await self._transport.unary(upload.call, self._timeout_or(timeout), upload)
 
     async def download_adapter(
@@ -141,34 +151,54 @@ class AsyncClient:
                     await asyncio.to_thread(download.add, message)
             return await asyncio.to_thread(download.finish)
 
-    async def unregister_adapter(self, name: str, *, timeout: float | None = None) -> Unregistration:
-        """Take a name away at once; requests in flight finish on the version they started with."""
-        return await self._unary(requests.unregister_adapter(name), timeout)
+    async def unregister_adapter(
+        self, name: str, *, drain_timeout_s: float | None = None, timeout: float | None = None
+    ) -> Unregistration:
+        """Take a name away at once, or one of its versions (`name@2`); requests in flight finish on what they have.
+
+        The answer waits for them for `drain_timeout_s` seconds at most (None: a moment).
+        """
+        return await self._unary(requests.unregister_adapter(name, drain_timeout_s), timeout)
 
     async def list_adapters(
-        self, name_contains: str = "", *, page_size: int = 0, timeout: float | None = None
+        self,
+        name_contains: str = "",
+        *,
+        tags: Sequence[str] = (),
+        owner: str = "",
+        page_size: int = 0,
+        timeout: float | None = None,
     ) -> list[Adapter]:
-        """Return all adapters whose name contains `name_contains`, `page_size` per call (0: the server's choice).
+        """Return all adapters with `name_contains` in the name, all of `tags` and that `owner` (empty: any).
 
-        `timeout` is for each page.
+        They come `page_size` per call (0: the server's choice); `timeout` is for each page.
         """
         adapters: list[Adapter] = []
         token = ""
         while True:
-            page, token = await self._unary(requests.list_adapters(name_contains, page_size, token), timeout)
+            call = requests.list_adapters(name_contains, tags, owner, page_size, token)
+            page, token = await self._unary(call, timeout)
             adapters += page
             if not token:
                 return adapters
 
     async def get_adapter(self, name: str, *, timeout: float | None = None) -> Adapter:
-        """Return one adapter by name, alias or `name@sha256:...`."""
+        """Return one adapter by name, alias, or either with a version; with all versions of the name."""
         return await self._unary(requests.get_adapter(name), timeout)
 
     async def update_adapter(
-        self, name: str, *, description: str | None = None, timeout: float | None = None
+        self,
+        name: str,
+        *,
+        description: str | None = None,
+        tags: Sequence[str] | None = None,
+        owner: str | None = None,
+        default_sampling: SamplingOptions | None = None,
+        timeout: float | None = None,
     ) -> Adapter:
-        """Change what is not None and return the adapter."""
-        return await self._unary(requests.update_adapter(name, description), timeout)
+        """Change what is not None and return the adapter; `tags` and `default_sampling` replace all that was there."""
+        call = requests.update_adapter(name, description, tags, owner, default_sampling)
+        return await self._unary(call, timeout)
 
     async def pin_adapter(self, name: str, *, timeout: float | None = None) -> Adapter:
         """Keep an adapter's weights on the device until it is unpinned."""

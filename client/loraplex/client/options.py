@@ -84,6 +84,19 @@ class SamplingKeywords(TypedDict, total=False):
     n: int | None
 
 
+class RegistrationKeywords(TypedDict, total=False):
+    """What may be said of an adapter when it is registered or uploaded, beside its name and description.
+
+    What is left out stays as an earlier registration of the name left it. `default_sampling` is what a request that
+    leaves a field unset gets. Anything else than `expected_digest`, if it is given, is refused.
+    """
+
+    tags: Sequence[str]
+    owner: str
+    default_sampling: SamplingOptions
+    expected_digest: str
+
+
 def combine(sampling: SamplingOptions | None, **keywords: Unpack[SamplingKeywords]) -> SamplingOptions:
     """Return `sampling` (default: all defaults) with `keywords` put over it.
 

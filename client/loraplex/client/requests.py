@@ -6,14 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from grpc_health.v1 import health_pb2
 
 from loraplex.client import responses
 from loraplex.client.calls import Call, new_request_id
 from loraplex.client.errors import InvalidRequestError
-from loraplex.client.options import ChatMessage, Prompt, SamplingOptions
+from loraplex.client.options import ChatMessage, Prompt, RegistrationKeywords, SamplingOptions
 from loraplex.client.results import (
     Adapter,
     AliasTarget,
@@ -56,6 +56,7 @@ def generate_request(
     request_id: str,
     cache_salt: str = "",
     tenant: str = "",
+    routing_key: str = "",
 ) -> generation_pb2.GenerateRequest:
     """Return the message for `Generate` and `GenerateStream`; an empty `request_id` is replaced by a new one.
 
@@ -71,11 +72,13 @@ def generate_request(
     if scale is not None:
         with _field("adapters.scale"):
             selection.scale = scale
+    with _field("adapters.routing_key"):
+        selection.routing_key = routing_key
     with _field("cache_salt"):
         request.cache_salt = cache_salt
     with _field("tenant"):
         request.tenant = tenant
-    _set_sampling(request.sampling, sampling)
+    _set_sampling(request.sampling, sampling, "sampling")
     return request
 
 
@@ -103,12 +106,12 @@ def _role_and_content(message: Any) -> tuple[str, str]:
     return message["role"], message["content"]
 
 
-def _set_sampling(message: generation_pb2.SamplingParameters, sampling: SamplingOptions) -> None:
+def _set_sampling(message: generation_pb2.SamplingParameters, sampling: SamplingOptions, field: str) -> None:
     for option in fields(sampling):
         value = getattr(sampling, option.name)
         if value is None:
             continue
-        with _field(f"sampling.{option.name}"):
+        with _field(f"{field}.{option.name}"):
             if option.name in ("stop", "stop_token_ids"):
                 getattr(message, option.name).extend(value)
             else:
@@ -127,10 +130,50 @@ def generate_stream(request: generation_pb2.GenerateRequest) -> Call[GenerationP
     return Call(lambda stubs: stubs.generation.GenerateStream, request, responses.piece, name, request_id)
 
 
-def register_adapter(name: str, path: str | Path, description: str) -> Call[Registration]:
-    """Return the call that registers a folder on the server."""
-    request = adapter_pb2.RegisterAdapterRequest(name=name, path=str(path), description=description)
+def register_adapter(
+    name: str, path: str | Path, description: str, **metadata: Unpack[RegistrationKeywords]
+) -> Call[Registration]:
+    """Return the call that registers a folder on the server, or what is at a URL.
+
+    Raises:
+        InvalidRequestError: for a value that does not fit its field.
+    """
+    request = adapter_pb2.RegisterAdapterRequest(name=name, path=str(path))
+    set_metadata(request, description, **metadata)
     return Call(lambda stubs: stubs.adapters.RegisterAdapter, request, responses.registration, name)
+
+
+def set_metadata(
+    message: adapter_pb2.RegisterAdapterRequest | adapter_pb2.UploadHeader,
+    description: str,
+    tags: Sequence[str] = (),
+    owner: str = "",
+    default_sampling: SamplingOptions | None = None,
+    expected_digest: str = "",
+) -> None:
+    """Write what is said of an adapter into the message that registers it.
+
+    Raises:
+        InvalidRequestError: for a value that does not fit its field.
+        TypeError: if `tags` is a string, which would be taken apart into its characters.
+    """
+    with _field("description"):
+        message.description = description
+    with _field("tags"):
+        message.tags.extend(_several(tags))
+    with _field("owner"):
+        message.owner = owner
+    with _field("expected_digest"):
+        message.expected_digest = expected_digest
+    if default_sampling is not None:
+        message.default_sampling.SetInParent()
+        _set_sampling(message.default_sampling, default_sampling, "default_sampling")
+
+
+def _several(tags: Sequence[str]) -> Sequence[str]:
+    if isinstance(tags, str):
+        raise TypeError(f"tags are a sequence of strings: write tags=[{tags!r}]")
+    return tags
 
 
 def download_adapter(name: str) -> Call[adapter_pb2.DownloadAdapterResponse]:
@@ -139,13 +182,15 @@ def download_adapter(name: str) -> Call[adapter_pb2.DownloadAdapterResponse]:
     return Call(lambda stubs: stubs.adapters.DownloadAdapter, request, responses.download_part, name)
 
 
-def unregister_adapter(name: str) -> Call[Unregistration]:
-    """Return the call that takes a name away."""
-    request = adapter_pb2.UnregisterAdapterRequest(name=name)
+def unregister_adapter(name: str, drain_timeout_s: float | None) -> Call[Unregistration]:
+    """Return the call that takes a name or a version away."""
+    request = adapter_pb2.UnregisterAdapterRequest(name=name, drain_timeout_s=drain_timeout_s)
     return Call(lambda stubs: stubs.adapters.UnregisterAdapter, request, responses.unregistration, name)
 
 
-def list_adapters(name_contains: str, page_size: int, page_token: str) -> Call[tuple[list[Adapter], str]]:
+def list_adapters(
+    name_contains: str, tags: Sequence[str], owner: str, page_size: int, page_token: str
+) -> Call[tuple[list[Adapter], str]]:
     """Return the call for one page: its adapters and the next page's token, empty on the last.
 
     Raises:
@@ -153,7 +198,7 @@ def list_adapters(name_contains: str, page_size: int, page_token: str) -> Call[t
     """
     with _field("page_size"):
         request = adapter_pb2.ListAdaptersRequest(
-            name_contains=name_contains, page_size=page_size, page_token=page_token
+            name_contains=name_contains, tags=_several(tags), owner=owner, page_size=page_size, page_token=page_token
         )
     return Call(lambda stubs: stubs.adapters.ListAdapters, request, responses.adapter_page)
 
@@ -164,9 +209,25 @@ def get_adapter(name: str) -> Call[Adapter]:
     return Call(lambda stubs: stubs.adapters.GetAdapter, request, responses.adapter_of, name)
 
 
-def update_adapter(name: str, description: str | None) -> Call[Adapter]:
-    """Return the call that changes what is not None."""
-    request = adapter_pb2.UpdateAdapterRequest(name=name, description=description)
+def update_adapter(
+    name: str,
+    description: str | None,
+    tags: Sequence[str] | None,
+    owner: str | None,
+    default_sampling: SamplingOptions | None,
+) -> Call[Adapter]:
+    """Return the call that changes what is not None.
+
+    Raises:
+        InvalidRequestError: for a value that does not fit its field.
+    """
+    request = adapter_pb2.UpdateAdapterRequest(name=name, description=description, owner=owner)
+    if tags is not None:
+        request.tags.SetInParent()
+        request.tags.values.extend(_several(tags))
+    if default_sampling is not None:
+        request.default_sampling.SetInParent()
+        _set_sampling(request.default_sampling, default_sampling, "default_sampling")
     return Call(lambda stubs: stubs.adapters.UpdateAdapter, request, responses.adapter_of, name)
 
 

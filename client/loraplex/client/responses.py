@@ -9,8 +9,10 @@ from typing import Any
 from grpc_health.v1 import health_pb2
 
 from loraplex.client.errors import InternalError
+from loraplex.client.options import SamplingOptions
 from loraplex.client.results import (
     Adapter,
+    AdapterVersion,
     AliasTarget,
     BindEntry,
     BindReport,
@@ -128,7 +130,34 @@ def adapter(message: adapter_pb2.Adapter) -> Adapter:
         pinned=message.pinned,
         active_requests=message.active_requests,
         aliases=tuple(message.aliases),
+        version=message.version,
+        tags=tuple(message.tags),
+        owner=message.owner,
+        default_sampling=_sampling(message.default_sampling),
+        source=message.source,
+        kind=message.kind,
+        has_chat_template=message.has_chat_template,
+        last_used_at=message.last_use_time.ToDatetime(tzinfo=UTC) if message.HasField("last_use_time") else None,
+        request_count=message.request_count,
+        prompt_tokens=message.prompt_tokens,
+        generation_tokens=message.generation_tokens,
+        device_bytes=message.device_bytes,
+        host_bytes=message.host_bytes,
+        problem=message.problem,
+        versions=tuple(
+            AdapterVersion(
+                entry.number, entry.digest, entry.create_time.ToDatetime(tzinfo=UTC), entry.size_bytes, entry.source
+            )
+            for entry in message.versions
+        ),
     )
+
+
+def _sampling(message: generation_pb2.SamplingParameters) -> SamplingOptions:
+    given: dict[str, Any] = {field.name: value for field, value in message.ListFields()}
+    for name in ("stop", "stop_token_ids"):
+        given[name] = tuple(given.get(name, ()))
+    return SamplingOptions(**given)
 
 
 def adapter_of(message: Any) -> Adapter:
@@ -148,7 +177,13 @@ def registration(message: adapter_pb2.RegisterAdapterResponse | adapter_pb2.Uplo
 
 def unregistration(message: adapter_pb2.UnregisterAdapterResponse) -> Unregistration:
     """Return what an unregistration took away."""
-    return Unregistration(message.digest, message.active_requests)
+    return Unregistration(
+        message.digest,
+        message.active_requests,
+        message.device_bytes_freed,
+        message.host_bytes_freed,
+        message.disk_bytes_freed,
+    )
 
 
 def previous_targets(message: adapter_pb2.SetAliasResponse) -> tuple[AliasTarget, ...]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from loraplex.client.options import SamplingOptions
+
 
 class FinishReason(enum.StrEnum):
     """Why a choice ended: at a stop token or string, or at max_tokens or the context length."""
@@ -100,8 +102,19 @@ class GenerationPiece:
 
 
 @dataclass(frozen=True)
+class AdapterVersion:
+    """One content that a name has had; `source` is the folder or URL it came from, or "upload"."""
+
+    number: int
+    digest: str
+    created_at: datetime
+    size_bytes: int
+    source: str
+
+
+@dataclass(frozen=True)
 class Adapter:
-    """A registered adapter.
+    """A registered adapter, in one version.
 
     Attributes:
         rank: the largest of any module.
@@ -109,6 +122,15 @@ class Adapter:
         size_bytes: of the stored weights.
         resident: on the device now.
         active_requests: in flight on this version.
+        aliases: those that point at any version of the name.
+        version: its number; `name@2` selects the second.
+        default_sampling: what a request that leaves a field unset gets.
+        source: the folder or URL it came from, or "upload".
+        kind: "lora", "dora" or "alora".
+        last_used_at, request_count, prompt_tokens, generation_tokens: of the name, since it was registered.
+        device_bytes, host_bytes: what it takes of the memory budgets now.
+        problem: empty, or why it cannot serve requests although it is registered.
+        versions: all versions of the name, the latest first; only `get_adapter` fills it.
     """
 
     name: str
@@ -122,6 +144,21 @@ class Adapter:
     pinned: bool
     active_requests: int
     aliases: tuple[str, ...]
+    version: int
+    tags: tuple[str, ...]
+    owner: str
+    default_sampling: SamplingOptions
+    source: str
+    kind: str
+    has_chat_template: bool
+    last_used_at: datetime | None
+    request_count: int
+    prompt_tokens: int
+    generation_tokens: int
+    device_bytes: int
+    host_bytes: int
+    problem: str
+    versions: tuple[AdapterVersion, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -150,10 +187,19 @@ class DownloadedAdapter:
 
 @dataclass(frozen=True)
 class Unregistration:
-    """The version a name was taken from, and the requests that still finish on it."""
+    """A name or a version taken away.
+
+    Attributes:
+        digest: the version it meant.
+        active_requests: that still finish on it; what they hold comes free with them.
+        device_bytes_freed, host_bytes_freed, disk_bytes_freed: what has come free of budgets and disk.
+    """
 
     digest: str
     active_requests: int
+    device_bytes_freed: int = 0
+    host_bytes_freed: int = 0
+    disk_bytes_freed: int = 0
 
 
 @dataclass(frozen=True)

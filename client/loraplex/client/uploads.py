@@ -6,10 +6,13 @@ import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Unpack
 
 from loraplex.client import responses
 from loraplex.client.calls import Call
 from loraplex.client.errors import InvalidRequestError
+from loraplex.client.options import RegistrationKeywords
+from loraplex.client.requests import set_metadata
 from loraplex.client.results import Registration
 from loraplex.v1 import adapter_pb2
 
@@ -41,18 +44,27 @@ class Upload:
     """
 
     def __init__(
-        self, name: str, folder: Path, description: str, progress: Callable[[UploadProgress], None] | None
+        self,
+        name: str,
+        folder: Path,
+        description: str,
+        progress: Callable[[UploadProgress], None] | None,
+        **metadata: Unpack[RegistrationKeywords],
     ) -> None:
         """Hash the files of `folder` (reads them once in full).
 
         Raises:
-            InvalidRequestError: if the folder or one of the two files that every adapter has is not there.
+            InvalidRequestError: if the folder or one of the two files that every adapter has is not there, or for
+                metadata that do not fit their fields.
             OSError: if a file cannot be read.
         """
         self._name = name
-        self._description = description
+        self._header = adapter_pb2.UploadHeader(name=name)
+        set_metadata(self._header, description, **metadata)
         self._progress = progress or (lambda state: None)
         self._files = [_describe(path) for path in _files_of(folder)]
+        for file in self._files:
+            self._header.files.add(name=file.path.name, size_bytes=file.size, sha256=file.sha256)
         self.failure: Exception | None = None
         """What `progress` raised or why a file could not be read."""
         self.repeatable = True
@@ -66,20 +78,12 @@ class Upload:
     def __iter__(self) -> Iterator[adapter_pb2.UploadAdapterRequest]:
         """Yield the header, then the files' chunks in the header's order."""
         try:
-            yield self._header()
+            yield adapter_pb2.UploadAdapterRequest(header=self._header)
             # gRPC asks for the second message when the first has been handed to a connection.
             self.repeatable = False
             yield from self._chunks()
         except Exception as error:
             self.failure = error
-
-    def _header(self) -> adapter_pb2.UploadAdapterRequest:
-        files = [
-            adapter_pb2.UploadFile(name=file.path.name, size_bytes=file.size, sha256=file.sha256)
-            for file in self._files
-        ]
-        header = adapter_pb2.UploadHeader(name=self._name, description=self._description, files=files)
-        return adapter_pb2.UploadAdapterRequest(header=header)
 
     def _chunks(self) -> Iterator[adapter_pb2.UploadAdapterRequest]:
         sent, total = 0, sum(file.size for file in self._files)

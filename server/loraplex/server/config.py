@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from loraplex.adapters.sources import SourcePolicy
 
 MIB = 1024**2
 
@@ -87,6 +89,7 @@ class ServerConfig:
     Attributes:
         adapters: folders whose sub-folders (or which themselves) are adapters to register at start.
         adapter_roots: folders below which `RegisterAdapter` may read; `adapters` are added to them.
+        sources: which URLs it may read, and what is taken at most.
         state_dir: where registered adapters and the catalog live; None keeps them in a temporary folder.
         export_root: where `MergeAdapter` writes; None turns exports off.
         grace_period_s: how long running requests may go on after a stop signal.
@@ -97,6 +100,7 @@ class ServerConfig:
     engine: EngineConfig = EngineConfig()
     adapters: tuple[Path, ...] = ()
     adapter_roots: tuple[Path, ...] = ()
+    sources: SourcePolicy = field(default_factory=SourcePolicy)
     state_dir: Path | None = None
     export_root: Path | None = None
     host: str = "127.0.0.1"

@@ -12,14 +12,18 @@ from loraplex.adapters.registry import AdapterRegistry
 
 
 @asynccontextmanager
-async def adapter_use(registry: AdapterRegistry, name: str, executor: Executor) -> AsyncIterator[AdapterRecord]:
+async def adapter_use(
+    registry: AdapterRegistry, name: str, executor: Executor, routing_key: str | None = None
+) -> AsyncIterator[AdapterRecord]:
     """Resolve `name` and count one use of its version; a caller that goes away meanwhile leaves no use behind.
+
+    `routing_key` chooses between an alias's targets, see `AdapterRegistry.acquire`.
 
     Raises:
         NotFoundError: nothing has that name.
         PreconditionError: the adapter cannot serve requests.
     """
-    future = executor.submit(registry.acquire, name)
+    future = executor.submit(registry.acquire, name, routing_key)
 
     def release_result(acquired: Future[AdapterRecord]) -> None:
         if not acquired.cancelled() and acquired.exception() is None:

@@ -3,56 +3,71 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor
 from contextlib import aclosing
-from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc.aio
-from google.protobuf.timestamp_pb2 import Timestamp
 
 from loraplex.adapters.alias import AliasTarget
-from loraplex.adapters.binding import BindReport
-from loraplex.adapters.metadata import MetadataChange
-from loraplex.adapters.records import AdapterRecord
+from loraplex.adapters.records import AdapterFilter, AdapterRecord
 from loraplex.adapters.registry import AdapterRegistry
 from loraplex.server.engine.client import EngineClient
 from loraplex.server.errors import InvalidRequestError
 from loraplex.server.metrics import Metrics
+from loraplex.server.rpc.adapter_messages import (
+    adapter_message,
+    changed_metadata,
+    given_metadata,
+    report_message,
+    target_messages,
+    version_messages,
+)
 from loraplex.server.rpc.download import send_download
+from loraplex.server.rpc.residency import Residency
 from loraplex.server.rpc.upload import receive_upload
 from loraplex.v1 import adapter_pb2 as pb
 from loraplex.v1 import adapter_pb2_grpc
 
 T = TypeVar("T")
 Context = grpc.aio.ServicerContext[Any, Any]
-DEFAULT_PAGE_SIZE = 100
 
 
 class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
     """Answers every call on adapters; tells the engine and the metrics what changed."""
 
-    def __init__(self, registry: AdapterRegistry, engine: EngineClient, metrics: Metrics, executor: Executor) -> None:
+    def __init__(
+        self,
+        registry: AdapterRegistry,
+        engine: EngineClient,
+        metrics: Metrics,
+        vocab_size: int,
+        executor: Executor,
+        transfers: Executor,
+    ) -> None:
+        """`transfers` is for what takes long: while a slow source is read, everything else is answered."""
         self._registry = registry
         self._engine = engine
-        self._metrics = metrics
+        self._residency = Residency(registry, engine, metrics)
+        self._vocab_size = vocab_size
         self._executor = executor
-        self._pinned: frozenset[str] = frozenset()
-        self._follow_pins()
+        self._transfers = transfers
 
     async def RegisterAdapter(self, request: pb.RegisterAdapterRequest, context: Context) -> pb.RegisterAdapterResponse:
-        """Register a folder on the server's disk."""
+        """Register a folder on the server's disk, or what is at a URL."""
         if not request.path:
-            raise InvalidRequestError.of("path", "is empty: give the adapter's folder on the server")
-        registration = await self._call(
+            raise InvalidRequestError.of("path", "is empty: give the adapter's folder on the server or a URL")
+        change = given_metadata(request, self._vocab_size)
+        registration = await asyncio.get_running_loop().run_in_executor(
+            self._transfers,
             self._registry.register,
             request.name,
-            Path(request.path),
-            MetadataChange(description=request.description or None),
+            request.path,
+            change,
             request.expected_digest,
         )
-        self._registered()
+        self._residency.follow()
         return pb.RegisterAdapterResponse(
             adapter=self._message(registration.record), previous_digest=registration.previous_digest or ""
         )
@@ -61,8 +76,8 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
         self, request_iterator: AsyncIterator[pb.UploadAdapterRequest], context: Context
     ) -> pb.UploadAdapterResponse:
         """Take an adapter's files, then register them like a folder."""
-        registration = await receive_upload(request_iterator, self._registry, self._executor)
-        self._registered()
+        registration = await receive_upload(request_iterator, self._registry, self._vocab_size, self._transfers)
+        self._residency.follow()
         return pb.UploadAdapterResponse(
             adapter=self._message(registration.record), previous_digest=registration.previous_digest or ""
         )
@@ -71,67 +86,76 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
         self, request: pb.DownloadAdapterRequest, context: Context
     ) -> AsyncIterator[pb.DownloadAdapterResponse]:
         """Send the stored files; they stay until the last one is sent, whatever becomes of the name."""
-        async with aclosing(send_download(request.name, self._registry, self._executor)) as messages:
+        async with aclosing(send_download(request.name, self._registry, self._transfers)) as messages:
             async for message in messages:
                 yield message
 
     async def UnregisterAdapter(
         self, request: pb.UnregisterAdapterRequest, context: Context
     ) -> pb.UnregisterAdapterResponse:
-        """Take the name away; requests in flight go on."""
+        """Take the name away; requests in flight go on, and are waited for as long as was asked."""
+        wait_s = request.drain_timeout_s if request.HasField("drain_timeout_s") else None
+        if wait_s is not None and not wait_s >= 0:
+            raise InvalidRequestError.of("drain_timeout_s", f"must be 0 or more, got {wait_s}")
         gone = await self._call(self._registry.unregister, request.name)
-        self._follow_pins()
-        self._forget_unnamed(gone.digest)
-        self._metrics.forget_adapter(request.name)
-        self._count()
-        return pb.UnregisterAdapterResponse(digest=gone.digest, active_requests=gone.active_requests)
+        departure = await self._residency.leave(gone, wait_s)
+        return pb.UnregisterAdapterResponse(
+            digest=gone.digest,
+            active_requests=departure.active_requests,
+            device_bytes_freed=departure.memory.device_bytes,
+            host_bytes_freed=departure.memory.host_bytes,
+            disk_bytes_freed=departure.disk_bytes,
+        )
 
     async def ListAdapters(self, request: pb.ListAdaptersRequest, context: Context) -> pb.ListAdaptersResponse:
         """Return one page, by name."""
-        if request.page_size < 0:
-            raise InvalidRequestError.of("page_size", f"must not be negative, got {request.page_size}")
         page = await self._call(
             self._registry.list,
-            name_contains=request.name_contains,
-            page_size=request.page_size or DEFAULT_PAGE_SIZE,
-            page_token=request.page_token,
+            AdapterFilter(request.name_contains, tuple(request.tags), request.owner),
+            request.page_size,
+            request.page_token,
         )
         return pb.ListAdaptersResponse(
             adapters=[self._message(record) for record in page.records], next_page_token=page.next_page_token
         )
 
     async def GetAdapter(self, request: pb.GetAdapterRequest, context: Context) -> pb.GetAdapterResponse:
-        """Return one adapter, by name, alias or name@digest."""
-        return pb.GetAdapterResponse(adapter=self._message(await self._call(self._registry.get, request.name)))
+        """Return one adapter, by name, alias, or either with a version; and the name's other versions."""
+        record = await self._call(self._registry.get, request.name)
+        message = self._message(record)
+        message.versions.extend(version_messages(record.adapter.versions))
+        return pb.GetAdapterResponse(adapter=message)
 
     async def UpdateAdapter(self, request: pb.UpdateAdapterRequest, context: Context) -> pb.UpdateAdapterResponse:
         """Change what may change without a new version."""
-        description = request.description if request.HasField("description") else None
-        record = await self._call(self._registry.update, request.name, MetadataChange(description=description))
+        change = changed_metadata(request, self._vocab_size)
+        record = await self._call(self._registry.update, request.name, change)
         return pb.UpdateAdapterResponse(adapter=self._message(record))
 
     async def PinAdapter(self, request: pb.PinAdapterRequest, context: Context) -> pb.PinAdapterResponse:
         """Load the adapter and keep it on the device."""
-        record = await self._call(self._registry.pin, request.name)
-        self._follow_pins()
+        await self._call(self._registry.pins.add, request.name)
+        self._residency.follow()
+        record = await self._call(self._registry.get, request.name)
         return pb.PinAdapterResponse(adapter=self._message(record))
 
     async def UnpinAdapter(self, request: pb.UnpinAdapterRequest, context: Context) -> pb.UnpinAdapterResponse:
         """Let the adapter go like any other."""
-        record = await self._call(self._registry.unpin, request.name)
-        self._follow_pins()
+        await self._call(self._registry.pins.remove, request.name)
+        self._residency.follow()
+        record = await self._call(self._registry.get, request.name)
         return pb.UnpinAdapterResponse(adapter=self._message(record))
 
     async def SetAlias(self, request: pb.SetAliasRequest, context: Context) -> pb.SetAliasResponse:
         """Make or move an alias."""
         targets = [AliasTarget(target.name, target.weight) for target in request.targets]
         previous = await self._call(self._registry.aliases.set, request.alias, targets)
-        return pb.SetAliasResponse(previous_targets=_targets(previous))
+        return pb.SetAliasResponse(previous_targets=target_messages(previous))
 
     async def RollbackAlias(self, request: pb.RollbackAliasRequest, context: Context) -> pb.RollbackAliasResponse:
         """Give an alias back what it pointed at before."""
         targets = await self._call(self._registry.aliases.rollback, request.alias)
-        return pb.RollbackAliasResponse(targets=_targets(targets))
+        return pb.RollbackAliasResponse(targets=target_messages(targets))
 
     async def DeleteAlias(self, request: pb.DeleteAliasRequest, context: Context) -> pb.DeleteAliasResponse:
         """Remove an alias; the adapter stays."""
@@ -141,64 +165,16 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
     async def GetBindReport(self, request: pb.GetBindReportRequest, context: Context) -> pb.GetBindReportResponse:
         """Return the findings on every tensor of a refused adapter."""
         report = await self._call(self._registry.bind_report, request.report_id)
-        return _report(request.report_id, report)
+        return report_message(request.report_id, report)
+
+    def close(self) -> None:
+        """Wait for nothing any more."""
+        self._residency.close()
 
     async def _call(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._executor, lambda: function(*args, **kwargs))
 
-    def _registered(self) -> None:
-        self._follow_pins()
-        self._count()
-
-    def _follow_pins(self) -> None:
-        """Tell the engine which weights are to stay now: a pin on a name follows it from version to version."""
-        wanted = self._registry.pinned
-        for digest in self._pinned - wanted:
-            self._engine.unpin(digest)
-        for digest in wanted - self._pinned:
-            self._engine.pin(digest)
-        self._pinned = wanted
-
-    def _forget_unnamed(self, digest: str) -> None:
-        """Drop weights that no name has any more: `digest`, which may not be loaded yet, and older versions."""
-        for gone in ({digest} | self._engine.held) - self._registry.digests:
-            self._engine.forget(gone)
-
-    def _count(self) -> None:
-        self._metrics.set_registered(self._registry.count())
-
     def _message(self, record: AdapterRecord) -> pb.Adapter:
-        created = Timestamp()
-        created.FromDatetime(record.created_at)
-        return pb.Adapter(
-            name=record.name,
-            digest=record.digest,
-            description=record.metadata.description,
-            rank=record.rank,
-            target_modules=record.target_modules,
-            size_bytes=record.size_bytes,
-            create_time=created,
-            resident=record.digest in self._engine.resident,
-            pinned=record.pinned,
-            active_requests=record.active_requests,
-            aliases=record.aliases,
-            version=record.version.number,
-            source=record.version.source,
-            kind=record.traits.kind,
-            problem=record.problem,
-        )
-
-
-def _targets(targets: Iterable[AliasTarget]) -> list[pb.AliasTarget]:
-    return [pb.AliasTarget(name=target.name, weight=target.weight) for target in targets]
-
-
-def _report(report_id: str, report: BindReport) -> pb.GetBindReportResponse:
-    entries = [
-        pb.BindEntry(
-            subject=entry.subject, module=entry.module, rank=entry.rank, scaling=entry.scaling, problem=entry.problem
-        )
-        for entry in report.entries
-    ]
-    return pb.GetBindReportResponse(report_id=report_id, base_fingerprint=report.base_fingerprint, entries=entries)
+        resident = record.digest in self._engine.resident
+        return adapter_message(record, self._engine.memory(record.digest), resident=resident)

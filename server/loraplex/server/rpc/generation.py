@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from concurrent.futures import Executor
@@ -21,17 +20,16 @@ from loraplex.server.engine.request import (
     GenerationRequest,
     Logprobs,
     RequestOutput,
-    SamplingParams,
     Usage,
 )
 from loraplex.server.errors import InvalidRequestError
 from loraplex.server.rpc.adapter_use import adapter_use
 from loraplex.server.rpc.interceptors import ADAPTER_DIGEST_KEY, REQUEST_ID_KEY, current_request_id
+from loraplex.server.rpc.sampling import sampling_params
 from loraplex.server.tokenizer import Tokenizer
 from loraplex.v1 import generation_pb2 as pb
 from loraplex.v1 import generation_pb2_grpc
 
-DEFAULT_MAX_TOKENS = SamplingParams().max_tokens
 _FINISH_REASONS = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
@@ -99,7 +97,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         name = _adapter_name(message)
         # On threads: neither the catalog's file nor a long prompt may hold up the event loop.
         async with AsyncExitStack() as stack:
-            record = await stack.enter_async_context(self._use(name)) if name else None
+            record = await stack.enter_async_context(self._use(name, _routing_key(message))) if name else None
             if record is not None:
                 stack.callback(self._forget_unnamed, record.digest)
             request = await loop.run_in_executor(
@@ -108,11 +106,17 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             digest = (ADAPTER_DIGEST_KEY, record.digest if record else "")
             context.set_trailing_metadata(((REQUEST_ID_KEY, request.request_id), digest))
             outputs = await stack.enter_async_context(aclosing(self._engine.generate(request)))
-            async for output in outputs:
-                yield output
+            generated = 0
+            try:
+                async for output in outputs:
+                    generated += sum(len(delta.token_ids) for delta in output.choices)
+                    yield output
+            finally:
+                if record:
+                    self._registry.count_use(record.name, len(request.prompt_token_ids), generated)
 
-    def _use(self, name: str) -> AbstractAsyncContextManager[AdapterRecord]:
-        return adapter_use(self._registry, name, self._executor)
+    def _use(self, name: str, routing_key: str) -> AbstractAsyncContextManager[AdapterRecord]:
+        return adapter_use(self._registry, name, self._executor, routing_key)
 
     def _forget_unnamed(self, digest: str) -> None:
         """Drop weights that this request brought back after their name had gone: nobody else would."""
@@ -127,7 +131,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         request = GenerationRequest(
             request_id=request_id,
             prompt_token_ids=tuple(tokens),
-            params=sampling_params(message.sampling, default_max_tokens=max(1, min(DEFAULT_MAX_TOKENS, room))),
+            params=sampling_params(message.sampling, room, record.metadata.default_sampling if record else None),
             adapter_digest=record.digest if record else None,
             adapter_scale=_adapter_scale(message),
             adapter_name=record.name if record else "",
@@ -172,34 +176,14 @@ class _ChoiceText:
         return _choice(whole)
 
 
-def sampling_params(message: pb.SamplingParameters, default_max_tokens: int) -> SamplingParams:
-    """Read a message; what is unset takes the default, the seed a fresh draw. Zero is a value."""
-    optional = (
-        "temperature",
-        "top_p",
-        "top_k",
-        "min_p",
-        "repetition_penalty",
-        "presence_penalty",
-        "frequency_penalty",
-        "ignore_eos",
-        "logprobs",
-        "n",
-    )
-    given = {name: getattr(message, name) for name in optional if message.HasField(name)}  # type: ignore[arg-type]
-    return SamplingParams(
-        max_tokens=message.max_tokens if message.HasField("max_tokens") else default_max_tokens,
-        seed=message.seed if message.HasField("seed") else secrets.randbits(63),
-        stop=tuple(message.stop),
-        stop_token_ids=tuple(message.stop_token_ids),
-        **given,
-    )
-
-
 def _adapter_name(message: pb.GenerateRequest) -> str:
     if len(message.adapters) > 1:
         raise InvalidRequestError.of("adapters", "blends are not supported yet: name one adapter")
     return message.adapters[0].name if message.adapters else ""
+
+
+def _routing_key(message: pb.GenerateRequest) -> str:
+    return message.adapters[0].routing_key if message.adapters else ""
 
 
 def _adapter_scale(message: pb.GenerateRequest) -> float:

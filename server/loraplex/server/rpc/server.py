@@ -223,10 +223,10 @@ async def _assemble(
     await asyncio.to_thread(register_folders, registry, config.adapters)
     for warning in registry.warnings:
         logger.warning("adapter %s", warning)
-    metrics.set_registered(registry.count())
     metrics.set_max_rows(config.engine.max_num_seqs)
     metrics.set_model(_model_labels(config, model))
-    # Two pools, so that a request never waits behind uploads and registrations; matrix products have their own threads.
+    # Three pools, so that a request never waits behind administration, nor that behind uploads and slow sources; matrix
+    # products have their own threads.
     admission = _executor("admission", cleanup)
     administration = _executor("administration", cleanup)
     model_limits = ModelLimits(model.vocab_size, limits.max_model_len)
@@ -234,9 +234,10 @@ async def _assemble(
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(
         GenerationServicer(engine, registry, tokenizer, model_limits, admission), grpc_server
     )
-    adapter_pb2_grpc.add_AdapterServiceServicer_to_server(
-        AdapterServicer(registry, engine, metrics, administration), grpc_server
-    )
+    transfers = _executor("transfers", cleanup)
+    adapters = AdapterServicer(registry, engine, metrics, model.vocab_size, administration, transfers)
+    cleanup.callback(adapters.close)
+    adapter_pb2_grpc.add_AdapterServiceServicer_to_server(adapters, grpc_server)
     source = ExportSource(model.path, model.quantization)
     export_pb2_grpc.add_ExportServiceServicer_to_server(
         ExportServicer(registry, source, config.export_root, administration), grpc_server
@@ -256,7 +257,7 @@ def _open_registry(config: ServerConfig, model: LoadedModel, cleanup: AsyncExitS
     if root is None:
         root = Path(tempfile.mkdtemp(prefix="loraplex-"))
         cleanup.callback(shutil.rmtree, root, ignore_errors=True)
-    registry = AdapterRegistry(root, model.base, (*config.adapter_roots, *config.adapters))
+    registry = AdapterRegistry(root, model.base, (*config.adapter_roots, *config.adapters), config.sources)
     cleanup.callback(registry.close)
     return registry
 
