@@ -16,10 +16,10 @@ DEV_READY := $(VENV)/.dev-ready
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo serve bench bench-cpu venv test lint pytest proto format clean distclean
+.PHONY: help demo serve bench bench-cpu bench-adapters venv test lint pytest proto format clean distclean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(RUN_READY) ## Serve three trained adapters from one NF4 model, add a fourth, merge one; writes bench/results/demo.json
 	$(BIN)/loraplex demo $(ARGS)
@@ -32,6 +32,10 @@ bench: $(RUN_READY) ## Measure the reference workload W16 from outside, on a ser
 
 bench-cpu: $(DEV_READY) ## Measure this CPU: W16, rows, ranks, first token, start, memory; writes bench/results/cpu.json and a chart
 	$(BIN)/loraplex bench cpu $(ARGS)
+
+bench-adapters: $(DEV_READY) ## 2,000 adapters beside 5 in small budgets, and kill -9 at 200 points; writes bench/results/adapters.json
+	$(BIN)/loraplex bench adapters $(ARGS)
+	KILL_POINTS=200 $(BIN)/python -m pytest -q tests/integration/test_registry_kill.py
 
 venv: $(DEV_READY) ## Make the whole development environment
 

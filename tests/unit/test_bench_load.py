@@ -10,6 +10,7 @@ from safetensors.numpy import load_file
 
 from loraplex.bench.load import WRONG_ADAPTER, load_client, run_load
 from loraplex.bench.machine import machine_info
+from loraplex.bench.population import Population
 from loraplex.bench.random_adapter import ModelShape, write_adapter
 from loraplex.bench.server_process import free_ports
 from loraplex.bench.workload import Assignment, Workload
@@ -91,6 +92,27 @@ def test_written_adapter_is_as_peft_saves_it(tmp_path: Path) -> None:
     assert tensors[f"{prefix}.mlp.down_proj.lora_A.weight"].shape == (3, 20)
     assert tensors[f"{prefix}.self_attn.k_proj.lora_B.weight"].shape == (4, 3)
     assert all(np.isfinite(tensor).all() and tensor.any() for tensor in tensors.values())
+
+
+def test_a_population_is_of_distinct_adapters_as_peft_saves_them(tmp_path: Path) -> None:
+    shape = ModelShape(layers=2, hidden=12, intermediate=20, key_value=4)
+    seen: list[int] = []
+    population = Population(shape, rank=3, count=4)
+    folders = population.write(tmp_path, seen.append)
+    assert seen == [1, 2, 3, 4]
+    write_adapter(tmp_path / "one", rank=3, seed=0, shape=shape)
+    expected = load_file(tmp_path / "one" / "adapter_model.safetensors")
+    contents = set()
+    for folder in folders:
+        tensors = load_file(folder / "adapter_model.safetensors")
+        assert {"q_proj", "v_proj"} == {name.split(".")[6] for name in tensors}
+        assert all(tensors[name].shape == expected[name].shape for name in tensors)
+        assert sum(tensor.size for tensor in tensors.values()) == population.parameters
+        assert all(np.isfinite(tensor).all() and tensor.any() for tensor in tensors.values())
+        contents.add((folder / "adapter_model.safetensors").read_bytes())
+        config = json.loads((folder / "adapter_config.json").read_text())
+        assert (config["r"], config["target_modules"]) == (3, ["q_proj", "v_proj"])
+    assert len(contents) == 4
 
 
 def test_machine_info_names_no_machine() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 
 import pytest
 
@@ -45,6 +46,17 @@ def test_assignment_gives_the_adapters_out(assignment: Assignment, expected: lis
 def test_distinct_names_no_adapter_twice() -> None:
     workload = Workload(requests=3, adapters=("a", "b", "c", "d"), assignment=Assignment.DISTINCT)
     assert [request.adapter for request in workload.plan()] == ["a", "b", "c"]
+
+
+def test_zipf_draws_the_kth_adapter_k_times_more_rarely() -> None:
+    names = tuple(f"a{number}" for number in range(1, 101))
+    plan = Workload(requests=20_000, adapters=names, assignment=Assignment.ZIPF, prompt_tokens=4).plan()
+    drawn = Counter(request.adapter for request in plan)
+    harmonic = sum(1 / rank for rank in range(1, 101))
+    for rank in (1, 2, 3, 5, 10):
+        assert drawn[f"a{rank}"] / 20_000 == pytest.approx(1 / rank / harmonic, rel=0.15)
+    other = Workload(requests=50, adapters=names, assignment=Assignment.ZIPF, seed=1).plan()
+    assert [request.adapter for request in other] != [request.adapter for request in plan[:50]]
 
 
 @pytest.mark.parametrize(

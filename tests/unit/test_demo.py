@@ -6,11 +6,11 @@ import signal
 from pathlib import Path
 
 import pytest
-from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, start_http_server
 from rich.console import Console
 
 from loraplex.bench.load import RequestResult
-from loraplex.bench.scrape import scrape
+from loraplex.bench.scrape import Scrape, scrape
 from loraplex.bench.server_process import ServerProcess, ServerProcessError
 from loraplex.cli.demo_cases import (
     ADDED,
@@ -152,11 +152,28 @@ def test_scrape_reads_samples_without_labels() -> None:
     Counter("tokens", "Tokens.", ("adapter",), registry=registry).labels("a").inc()
     httpd, thread = start_http_server(0, addr="127.0.0.1", registry=registry)
     try:
-        assert scrape(f"http://127.0.0.1:{httpd.server_port}/metrics") == {"rate": 12.5}
+        url = f"http://127.0.0.1:{httpd.server_port}/metrics"
+        assert scrape(url) == {"rate": 12.5}
+        assert Scrape.of(url).value("tokens_total", adapter="a") == 1
     finally:
         httpd.shutdown()
         httpd.server_close()
         thread.join()
+
+
+def test_scrape_finds_labelled_samples_and_quantiles() -> None:
+    registry = CollectorRegistry()
+    histogram = Histogram("load", "Loads.", ("tier",), buckets=(1, 2, 4), registry=registry)
+    for value in (0.5, 1.5, 1.5, 3, 9):
+        histogram.labels("host").observe(value)
+    histogram.labels("device").observe(3.5)
+    found = Scrape.parse(generate_latest(registry).decode())
+    assert found.value("load_count", tier="host") == 5
+    assert found.value("load_count") == found.value("load_count", tier="none") == 0
+    assert found.quantile("load", 0.6, tier="host") == 2
+    assert found.quantile("load", 0.4, tier="host") == 1.5
+    assert found.quantile("load", 0.99, tier="host") == 4, "beyond the last bound nothing is known"
+    assert found.quantile("load", 0.5, tier="none") == 0
 
 
 def test_server_that_does_not_start_is_reported(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -6,10 +6,12 @@ Speed does not depend on the weights. What is written does: a wrong adapter can 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 B_STD = 0.01
 """Standard deviation of B: small beside the base, as after some training."""
 
@@ -65,7 +67,12 @@ def write_adapter(folder: Path, rank: int, seed: int, shape: ModelShape | None =
             tensors[f"{name}.lora_A.weight"] = a.astype(np.float16)
             tensors[f"{name}.lora_B.weight"] = b.astype(np.float16)
     folder.mkdir(parents=True)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / CONFIG).write_text(peft_config(rank, shape.projections()), encoding="utf-8")
+
+
+def peft_config(rank: int, modules: Iterable[str]) -> str:
+    """Return the text of adapter_config.json for LoRA on these modules, alpha twice the rank."""
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -76,6 +83,6 @@ def write_adapter(folder: Path, rank: int, seed: int, shape: ModelShape | None =
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-        "target_modules": sorted(module.split(".")[1] for module in shape.projections()),
+        "target_modules": sorted(module.split(".")[1] for module in modules),
     }
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return json.dumps(config, indent=2) + "\n"

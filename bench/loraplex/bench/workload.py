@@ -38,6 +38,8 @@ class Assignment(enum.StrEnum):
     """One adapter for each request, none twice."""
     IDENTICAL = "identical"
     """The first adapter for all."""
+    ZIPF = "zipf"
+    """Drawn anew for each request: the k-th adapter with a probability proportional to 1 / k."""
     BASE = "base"
     """No adapter at all."""
 
@@ -64,7 +66,7 @@ class Workload:
         adapters: names to choose from; `base` is the base model alone.
         assignment: how they are given out.
         ignore_eos: go on to `max_tokens` whatever the model says, so that every run computes the same amount.
-        seed: of the prompts.
+        seed: of the prompts, and of the draw of adapters.
     """
 
     concurrency: int = 16
@@ -94,13 +96,22 @@ class Workload:
 
     def plan(self) -> tuple[PlannedRequest, ...]:
         """Return the requests in the order in which they are sent."""
-        return tuple(PlannedRequest(index, self._prompt(index), self._adapter(index)) for index in range(self.requests))
+        names = self._names()
+        return tuple(PlannedRequest(index, self._prompt(index), names[index]) for index in range(self.requests))
 
-    def _adapter(self, index: int) -> str:
-        if self.assignment is Assignment.BASE:
-            return ""
-        name = self.adapters[0 if self.assignment is Assignment.IDENTICAL else index % len(self.adapters)]
-        return "" if name == BASE else name
+    def _names(self) -> list[str]:
+        """Return each request's adapter."""
+        match self.assignment:
+            case Assignment.BASE:
+                names = [BASE] * self.requests
+            case Assignment.IDENTICAL:
+                names = [self.adapters[0]] * self.requests
+            case Assignment.ZIPF:
+                weights = [1 / rank for rank in range(1, len(self.adapters) + 1)]
+                names = random.Random(f"zipf/{self.seed}").choices(self.adapters, weights, k=self.requests)
+            case Assignment.ROUND_ROBIN | Assignment.DISTINCT:
+                names = [self.adapters[index % len(self.adapters)] for index in range(self.requests)]
+        return ["" if name == BASE else name for name in names]
 
     def _prompt(self, index: int) -> str:
         """Return English text that no other request of the run starts with, so that none finds another's prefix."""

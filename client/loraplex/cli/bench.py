@@ -27,7 +27,7 @@ def bench(
         str, typer.Option(help="Names with commas between them (`base` is no adapter), or `all`; default: the base.")
     ] = "",
     assignment: Annotated[
-        str, typer.Option(help="Which request names which adapter: round-robin, distinct or identical.")
+        str, typer.Option(help="Which request names which adapter: round-robin, distinct, identical or zipf.")
     ] = "round-robin",
     repeat: Annotated[int, typer.Option(help="Runs.", min=1)] = 1,
     seed: Annotated[int, typer.Option(help="Of the prompts; each run adds one.")] = 0,
@@ -95,4 +95,41 @@ def cpu(
     with sigterm_raises():
         completed = bench_cpu.run(bench, output)
     if not completed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def adapters(
+    count: Annotated[int, typer.Option("--adapters", help="Registered on the larger server.", min=20)] = 2000,
+    repeat: Annotated[int, typer.Option(help="Runs of each server, in turn.", min=1)] = 7,
+    in_flight: Annotated[int, typer.Option(help="Requests at a time; the servers have 16 rows.", min=1)] = 32,
+    rounds: Annotated[int, typer.Option(help="Of register, use and unregister.", min=1)] = 200,
+    model: Annotated[str, typer.Option(help="What is served: demo, or a Hugging Face folder.")] = "demo",
+    quantization: Annotated[str, typer.Option(help="How it is held.")] = "nf4",
+    short: Annotated[
+        bool, typer.Option("--short", help="Few adapters, rows and tokens, to see that it works.")
+    ] = False,
+    serve_args: Annotated[str, typer.Option(help="More arguments for the started servers.")] = "",
+    output: Annotated[Path, typer.Option("--json", help="Write the result here.", dir_okay=False)] = Path(
+        "bench/results/adapters.json"
+    ),
+) -> None:
+    """Compare 2,000 adapters with 5 under the same load, in small memory budgets (about 10 minutes)."""
+    from loraplex.bench.adapters import AdapterBench
+    from loraplex.cli import bench_adapters
+    from loraplex.cli.model import with_demo
+    from loraplex.cli.termination import sigterm_raises
+
+    chosen = AdapterBench(
+        Path(with_demo(model)),
+        quantization,
+        adapters=count,
+        repeat=repeat,
+        in_flight=in_flight,
+        rounds=rounds,
+        serve_args=tuple(shlex.split(serve_args)),
+    )
+    with sigterm_raises():
+        held = bench_adapters.run(chosen.shortened() if short else chosen, output)
+    if not held:
         raise typer.Exit(1)
