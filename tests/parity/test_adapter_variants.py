@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -39,12 +39,13 @@ MODELS = (
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the batch; no adapter is the base."""
+    """One row of the batch; no adapter is the base. The adapter acts from token `start` on."""
 
     name: str
     tokens: list[int]
     adapter: BoundAdapter | None
     scale: float = 1.0
+    start: int = 0
 
 
 class Adapters:
@@ -54,18 +55,21 @@ class Adapters:
         self._rows, self._slots, self._ops = rows, slots, ops
 
     def __call__(self, spans: Sequence[tuple[int, int, int]]) -> LoraContext | None:
-        entries = [
-            (count, row if self._rows[row].adapter is not None else None, self._rows[row].scale)
-            for row, _, count in spans
-        ]
-        segments = build_segments(entries)
+        segments = build_segments(entry for span in spans for entry in self._entries(*span))
         batch = LoraBatch(segments, segments)
         prepared = self._ops.prepare(segments, self._slots)
         return LoraContext(self._ops, prepared, prepared, find_overrides(batch, self._slots))
 
+    def _entries(self, index: int, first: int, count: int) -> list[tuple[int, int | None, float]]:
+        row = self._rows[index]
+        if row.adapter is None:
+            return [(count, None, 1.0)]
+        before = min(max(row.start - first, 0), count)
+        return [(before, None, 1.0), (count - before, index, row.scale)]
+
 
 def mixed_rows(model: LoadedModel) -> list[Row]:
-    """Two base rows and one of each kind, some of them at another scale."""
+    """Two base rows and one of each kind, some of them at another scale, some from the middle of the row on."""
     generator = torch.Generator().manual_seed(7)
     rows = [Row("base", [], None)]
     for number, (name, make) in enumerate(VARIANTS.items()):
@@ -73,19 +77,25 @@ def mixed_rows(model: LoadedModel) -> list[Row]:
         rows.append(Row(name, [], adapter))
         if number % 2 and not holds_one_scale_only(adapter):
             rows.append(Row(f"{name} at -0.5", [], adapter, -0.5))
+        if name in ("plain", "bias_on_b", "everything"):
+            rows.append(Row(f"{name} from token 5", [], adapter, start=5))
     rows.append(Row("base again", [], None))
     lengths = torch.randint(9, 24, (len(rows),), generator=generator).tolist()
     return [
-        Row(row.name, torch.randint(3, VOCAB, (length,), generator=generator).tolist(), row.adapter, row.scale)
+        replace(row, tokens=torch.randint(3, VOCAB, (length,), generator=generator).tolist())
         for row, length in zip(rows, lengths, strict=True)
     ]
 
 
 def expected_logits(reference: PreTrainedModel, model: LoadedModel, row: Row) -> torch.Tensor:
     adapted = reference if row.adapter is None else Edited(model.base, row.scale).model(reference, row.adapter)
+    tokens = torch.tensor([row.tokens])
     with torch.inference_mode():
-        logits: torch.Tensor = adapted(torch.tensor([row.tokens])).logits[0]
-    return logits
+        if not row.start:
+            return torch.as_tensor(adapted(tokens).logits[0])
+        before = reference(tokens[:, : row.start], use_cache=True)
+        after = adapted(tokens[:, row.start :], past_key_values=before.past_key_values)
+        return torch.cat([before.logits[0], after.logits[0]])
 
 
 def assert_parity(name: str, tmp_path: Path, ops: LoraOps) -> None:

@@ -47,10 +47,12 @@ def _next_token(numbers: Sequence[int]) -> int:
     return 1 + digest[0] % (VOCAB - 1)  # never EOS
 
 
-def expected_tokens(prompt: Sequence[int], count: int, digest: str | None = None, scale: float = 1.0) -> list[int]:
-    """Return the output that the request must have, whatever else the engine does."""
+def expected_tokens(
+    prompt: Sequence[int], count: int, digest: str | None = None, scale: float = 1.0, start: int = 0
+) -> list[int]:
+    """Return the output that the request must have, whatever else the engine does; the adapter acts from `start` on."""
     mark = adapter_mark(digest, scale)
-    numbers = [token + mark for token in prompt]
+    numbers = [token + (mark if index >= start else 0) for index, token in enumerate(prompt)]
     for _ in range(count):
         numbers.append(_next_token(numbers) + mark)
     return [number - mark for number in numbers[len(prompt) :]]

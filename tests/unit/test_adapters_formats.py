@@ -119,6 +119,47 @@ def test_huge_header(tmp_path: Path) -> None:
     assert "header of 1099511627776 bytes" in str(refusal(tmp_path))
 
 
+def test_headers_that_lie(tmp_path: Path) -> None:
+    """Tensors that overlap, tensors beyond the end of the file, and one name twice."""
+    path = write_adapter(tmp_path) / "adapter_model.safetensors"
+    entry = '"%s": {"dtype": "F32", "shape": [4, 8], "data_offsets": [%d, %d]}'
+    a, b = f"{Q0}.lora_A.weight", f"{Q0}.lora_B.weight"
+    for entries in (
+        [entry % (a, 0, 128), entry % (b, 64, 192)],
+        [entry % (a, 0, 128), entry % (b, 128, 1 << 50)],
+        [entry % (a, 0, 128), entry % (a, 128, 256)],
+        [entry % (a, 0, 127), entry % (b, 127, 256)],
+        [entry.replace("4", "-4") % (a, 0, 128)],
+    ):
+        header = ("{" + ", ".join(entries) + "}").encode()
+        path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(256))
+        error = refusal(tmp_path)
+        assert error.violations, entries
+
+
+EVERY_KIND = {
+    f"{Q0}.lora_A.weight": (4, 8),
+    f"{Q0}.lora_B.bias": (8,),
+    f"{Q0}.lora_magnitude_vector": (8,),
+    f"{Q0}.base_layer.bias": (8,),
+    "base_model.model.lm_head.weight": (32, 8),
+    "base_model.model.model.embed_tokens.base_layer.weight": (32, 8),
+    "base_model.model.model.embed_tokens.lora_embedding_A": (4, 32),
+    "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": (2, 8),
+}
+
+
+@pytest.mark.parametrize("key", EVERY_KIND)
+def test_nan_is_refused_in_tensors_of_every_kind(tmp_path: Path, key: str) -> None:
+    weights = tensors(tiny_base()) | {key: torch.ones(EVERY_KIND[key])}
+    weights[key].view(-1)[-1] = float("nan")
+    error = refusal(write_adapter(tmp_path, weights=weights))
+    assert [v.field for v in error.violations] == [key]
+    assert "NaN" in str(error)
+    weights[key] = weights[key].double()
+    assert "only float32, float16 and bfloat16" in str(refusal(write_adapter(tmp_path, weights=weights)))
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_nan_and_infinite_weights(tmp_path: Path, value: float) -> None:
     weights = tensors(tiny_base())

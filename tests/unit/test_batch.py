@@ -15,9 +15,10 @@ CPU = torch.device("cpu")
 
 
 def scheduled(
-    tokens: list[int], computed: int, count: int, table: list[int], digest: str | None = None
+    tokens: list[int], computed: int, count: int, table: list[int], digest: str | None = None, start: int | None = 0
 ) -> ScheduledSequence:
-    seq = Sequence(GenerationRequest("r", tuple(tokens), SamplingParams(seed=0), adapter_digest=digest), 0, 0.0)
+    request = GenerationRequest("r", tuple(tokens), SamplingParams(seed=0), adapter_digest=digest, adapter_start=start)
+    seq = Sequence(request, 0, 0.0)
     seq.num_computed_tokens = computed
     seq.block_table = table
     return ScheduledSequence(seq, count)
@@ -48,6 +49,29 @@ def test_logits_segments_count_only_rows_that_sample() -> None:
     assert batch.lora.segments == (Segment(0, 4, 0), Segment(4, 7, 1))
     assert batch.lora.logits_segments == (Segment(0, 1, 1),)
     assert batch.logits_indices.tolist() == [6]
+
+
+@pytest.mark.parametrize(
+    ("computed", "count", "start", "segments"),
+    [
+        (0, 6, 0, (Segment(1, 7, 0),)),
+        (0, 6, 4, (Segment(5, 7, 0),)),
+        (0, 3, 4, ()),
+        (2, 4, 4, (Segment(3, 5, 0),)),
+        (4, 2, 4, (Segment(1, 3, 0),)),
+        (5, 1, 2, (Segment(1, 2, 0),)),
+        (0, 6, None, ()),
+    ],
+)
+def test_an_adapter_acts_from_its_start_on(
+    computed: int, count: int, start: int | None, segments: tuple[Segment, ...]
+) -> None:
+    row = scheduled([1] * 6, computed, count, [0, 1], digest="a", start=start)
+    other = scheduled([2] * 9, 8, 1, [2, 3, 4])
+    lora = build_batch([other, row], lambda digest: 0, 4, CPU).lora
+    assert (() if lora is None else lora.segments) == segments
+    samples = bool(segments) and computed + count == 6
+    assert (() if lora is None else lora.logits_segments) == ((Segment(1, 2, 0),) if samples else ())
 
 
 def test_no_adapter_no_segments() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
@@ -14,9 +16,17 @@ from loraplex.server.engine.sequence import Sequence
 BLOCK = 4
 
 
-def make_sequence(tokens: list[int], digest: str | None = None, scale: float = 1.0, salt: str = "") -> Sequence:
+def make_sequence(
+    tokens: list[int], digest: str | None = None, scale: float = 1.0, salt: str = "", start: int | None = 0
+) -> Sequence:
     request = GenerationRequest(
-        "r", tuple(tokens), SamplingParams(seed=0), adapter_digest=digest, adapter_scale=scale, cache_salt=salt
+        "r",
+        tuple(tokens),
+        SamplingParams(seed=0),
+        adapter_digest=digest,
+        adapter_scale=scale,
+        adapter_start=start,
+        cache_salt=salt,
     )
     return Sequence(request, 0, 0.0)
 
@@ -43,9 +53,10 @@ class BlockManagerMachine(RuleBasedStateMachine):
         target=sequences,
         tokens=st.lists(st.integers(0, 1), min_size=1, max_size=20),
         digest=st.sampled_from([None, "a", "b"]),
+        start=st.one_of(st.none(), st.integers(0, 19)),
     )
-    def admit(self, tokens: list[int], digest: str | None) -> Sequence:
-        seq = make_sequence(tokens, digest)
+    def admit(self, tokens: list[int], digest: str | None, start: int | None) -> Sequence:
+        seq = make_sequence(tokens, digest, start=None if start is None else start % len(tokens))
         found = self.blocks.match_prefix(seq)
         assert found % BLOCK == 0
         assert found < len(tokens)
@@ -117,6 +128,63 @@ def test_other_weights_or_salt_never_share(other: dict[str, object]) -> None:
     blocks = BlockManager(8, BLOCK)
     fill_and_free(blocks, make_sequence(PROMPT, "sha256:a"))
     assert blocks.match_prefix(make_sequence(PROMPT, **other)) == 0  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt of few different tokens, and what acts on it from where on."""
+
+    tokens: list[int]
+    digest: str | None
+    scale: float
+    salt: str
+    start: int | None
+
+    def sequence(self) -> Sequence:
+        return make_sequence(self.tokens, self.digest, self.scale, self.salt, self.start)
+
+    def weights_upto(self, end: int) -> object:
+        """All that the keys and values of the first `end` tokens come from, beside the tokens."""
+        if self.digest is None or self.start is None or end <= self.start:
+            return self.salt
+        return (self.salt, self.digest, self.scale, self.start)
+
+
+@st.composite
+def prompts(draw: st.DrawFn) -> Prompt:
+    tokens = draw(st.lists(st.integers(0, 1), min_size=1, max_size=18))
+    return Prompt(
+        [0] * len(tokens) if draw(st.booleans()) else tokens,
+        draw(st.sampled_from([None, "a", "a", "b"])),
+        draw(st.sampled_from([1.0, 1.0, 0.5])),
+        draw(st.sampled_from(["", "", "s"])),
+        draw(st.one_of(st.none(), st.integers(0, len(tokens) - 1))),
+    )
+
+
+@settings(max_examples=300, deadline=None)
+@given(first=prompts(), second=prompts())
+def test_blocks_are_shared_exactly_where_tokens_and_effective_weights_are_equal(first: Prompt, second: Prompt) -> None:
+    blocks = BlockManager(16, BLOCK)
+    fill_and_free(blocks, first.sequence())
+    shared = 0
+    for end in range(BLOCK, min(len(first.tokens), len(second.tokens) - 1) + 1, BLOCK):
+        alike = first.tokens[:end] == second.tokens[:end] and first.weights_upto(end) == second.weights_upto(end)
+        shared = end if alike else shared
+    assert blocks.match_prefix(second.sequence()) == shared
+
+
+def test_an_activated_adapter_shares_with_the_base_what_comes_before() -> None:
+    blocks = BlockManager(16, BLOCK)
+    fill_and_free(blocks, make_sequence(PROMPT, None))
+    activated = make_sequence(PROMPT, "sha256:a", start=6)
+    assert blocks.match_prefix(activated) == 4
+    compute(blocks, activated, activated.num_uncomputed_tokens)
+    blocks.free(activated)
+    assert blocks.match_prefix(make_sequence(PROMPT, "sha256:a", start=6)) == 8
+    assert blocks.match_prefix(make_sequence(PROMPT, "sha256:a", start=5)) == 4
+    assert blocks.match_prefix(make_sequence(PROMPT, "sha256:a")) == 0
+    assert blocks.match_prefix(make_sequence(PROMPT, "sha256:a", start=None)) == 8
 
 
 def test_the_scale_of_no_adapter_does_not_matter() -> None:

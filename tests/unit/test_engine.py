@@ -131,15 +131,19 @@ def test_every_request_gets_its_own_answer(
     forgets = 0
     for kind, a, b, c in actions:
         if kind == "add":
-            # Few different prompts, so that prefixes are shared; scale 0.5 for one adapter in three.
+            # Few different prompts, so that prefixes are shared; scale 0.5 for one adapter in three, one that begins to
+            # act somewhere in the prompt, one that may not act at all.
+            prompt = [7] * (a // 2) + [a]
             digest, scale = (f"adapter-{c}", 0.5 if c == 3 else 1.0) if c else (None, 1.0)
+            start = {4: b % len(prompt), 5: 0 if b % 2 else None}.get(c, 0)
             req = request(
                 f"r{len(added)}",
-                [7] * (a // 2) + [a],
+                prompt,
                 max_tokens=b,
                 n=fanout,
                 adapter_digest=digest,
                 adapter_scale=scale,
+                adapter_start=start,
             )
             added[req.request_id] = req
             engine.submit(AddRequest(req))
@@ -158,7 +162,9 @@ def test_every_request_gets_its_own_answer(
     check_integrity(engine)
     for name, req in added.items():
         count = req.params.max_tokens
-        expected = expected_tokens(req.prompt_token_ids, count, req.adapter_digest, req.adapter_scale)
+        expected = expected_tokens(
+            req.prompt_token_ids, count, req.acting_digest, req.adapter_scale, req.adapter_start or 0
+        )
         for choice in range(fanout):
             tokens = outbox.tokens(name, choice)
             if name in aborted:
@@ -178,6 +184,31 @@ def test_adapters_and_base_share_a_step() -> None:
     assert max(decoder.batch_sizes) == 4
     assert max(decoder.adapters_in_batch) == 3
     assert outbox.tokens("b") == expected_tokens([1, 2], 40, "y")
+
+
+def test_an_activated_adapter_reads_its_prompt_from_the_base_cache() -> None:
+    outbox = Outbox()
+    engine = make_engine(outbox)
+    prompt = list(range(1, 15))
+    engine.submit(AddRequest(request("base", prompt, max_tokens=1)))
+    run(engine)
+    engine.submit(AddRequest(request("r", prompt, adapter_digest="x", adapter_start=9, max_tokens=5)))
+    run(engine)
+    assert outbox.tokens("r") == expected_tokens(prompt, 5, "x", start=9)
+    assert outbox.last("r").usage == Usage(prompt_tokens=14, completion_tokens=5, cached_tokens=8)
+    assert outbox.last("r").adapter_digest == "x"
+
+
+def test_an_adapter_that_is_not_invoked_is_neither_loaded_nor_named() -> None:
+    def load(digest: str) -> PackedAdapter:
+        raise NotFoundError(f"{digest} is asked for")
+
+    outbox = Outbox()
+    engine = make_engine(outbox, load=load)
+    engine.submit(AddRequest(request("r", [1, 2, 3], adapter_digest="x", adapter_start=None, max_tokens=5)))
+    run(engine)
+    assert outbox.tokens("r") == expected_tokens([1, 2, 3], 5)
+    assert outbox.last("r").adapter_digest is None
 
 
 def test_an_abort_frees_row_and_blocks_at_the_next_step() -> None:

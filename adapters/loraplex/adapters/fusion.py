@@ -82,23 +82,19 @@ def split(weights: ModuleWeights, sizes: Sequence[int]) -> tuple[ModuleWeights, 
 def places(rows: Sequence[int | None], total: int) -> tuple[Place, ...] | None:
     """Return where each part's outputs stand in the `total` of the fused module.
 
-    `rows` are the outputs of the parts in order, None where the adapter leaves a part out; parts that are left out are
-    taken to be of one size, as keys and values, gate and up are. None if that cannot be.
+    `rows` are the outputs of the parts in order, None where the adapter leaves a part out. Keys and values have one
+    size, and so have gate and up; a part that is left out has it too, or what the others leave. None if that cannot be.
     """
-    missing = sum(size is None for size in rows)
-    rest = total - sum(size for size in rows if size is not None)
-    if rest < 0 or (rest > 0 and not missing) or (missing and rest % missing) or (missing and not rest):
+    sizes = list(rows)
+    if len(sizes) == 3 and sizes[0] is None:
+        sizes[1:] = [sizes[1] or sizes[2], sizes[2] or sizes[1]]
+    missing = sizes.count(None)
+    rest = total - sum(size for size in sizes if size is not None)
+    if rest < 0 or (rest > 0) != (missing > 0) or (missing and rest % missing):
         return None
-    if missing == 2 and len(rows) == 3 and rows[0] is None:
-        # Only keys or only values are there: the other of the two has the same size, and queries the rest.
-        size = rows[1] if rows[1] is not None else rows[2]
-        assert size is not None
-        rows = (total - 2 * size, size, size)
-        if rows[0] <= 0:
-            return None
     found: list[Place] = []
     start = 0
-    for size in rows:
+    for size in sizes:
         end = start + (rest // missing if size is None else size)
         found.append(Place(start, end))
         start = end

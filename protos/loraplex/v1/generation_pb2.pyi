@@ -432,7 +432,9 @@ class GenerateResponse(_message.Message):
     ADAPTER_DIGEST_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     adapter_digest: _builtins.str
-    """`sha256:...` of the adapter version that was applied; empty for the base."""
+    """`sha256:...` of the adapter version that was applied; empty for the base, which also answers where an activated
+    adapter (aLoRA) was asked for and the prompt does not invoke it.
+    """
     @_builtins.property
     def choices(self) -> _containers.RepeatedCompositeFieldContainer[Global___Choice]: ...
     @_builtins.property

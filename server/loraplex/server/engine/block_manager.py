@@ -2,8 +2,9 @@
 
 Blocks are reference-counted. A full block that nobody uses any more keeps its content and its key until the block is
 needed for something else (least recently freed first). The key of a block is chained over everything its keys and
-values depend on: the effective weights, the cache salt and all tokens up to its end. Source of the scheme: vLLM's
-automatic prefix caching; the digest in the key is ours, so that adapters never share (PEERS.md, 3.8 and 3.9).
+values depend on: the base, the cache salt, all tokens up to its end, and the effective weights with the token on which
+they begin to act. Blocks wholly before that token are the base's own, whoever computed them. Source of the scheme:
+vLLM's automatic prefix caching; the digest in the key is ours, so that adapters never share (PEERS.md, 3.8 and 3.9).
 
 Knows nothing about tensors.
 """
@@ -76,7 +77,7 @@ class BlockManager:
         usable = (len(seq.token_ids) - 1) // self.block_size
         key = self._root_key(seq)
         for index in range(usable):
-            key = self._chain(key, self._tokens(seq, index))
+            key = self._next_key(key, seq, index)
             block_id = self._by_key.get(key)
             if block_id is None:
                 break
@@ -108,7 +109,7 @@ class BlockManager:
         previous = self._blocks[seq.block_table[first - 1]].key if first else None
         key = previous if previous is not None else self._key_upto(seq, first)
         for index in range(first, last):
-            key = self._chain(key, self._tokens(seq, index))
+            key = self._next_key(key, seq, index)
             block = self._blocks[seq.block_table[index]]
             # Another block may hold the same content already; that one stays the shared one, and this one keyless.
             if block.key is None and key not in self._by_key:
@@ -161,24 +162,27 @@ class BlockManager:
         block.ref_count = 1
         return block_id
 
-    def _tokens(self, seq: Sequence, index: int) -> list[int]:
-        return seq.token_ids[index * self.block_size : (index + 1) * self.block_size]
-
     def _root_key(self, seq: Sequence) -> BlockKey:
+        return _hash(b"root", self._base, seq.request.cache_salt.encode())
+
+    def _next_key(self, key: BlockKey, seq: Sequence, index: int) -> BlockKey:
+        """Return the key of a block from that of the block before it."""
         digest, scale = seq.adapter_key
-        parts = (self._base, (digest or "").encode(), repr(scale).encode(), seq.request.cache_salt.encode())
-        hasher = hashlib.blake2b(digest_size=16)
-        for part in parts:
-            # The length keeps ("ab", "c") apart from ("a", "bc").
-            hasher.update(len(part).to_bytes(4, "little") + part)
-        return hasher.digest()
+        if digest is not None and index == seq.adapter_start // self.block_size:
+            key = _hash(b"adapter", key, digest.encode(), repr(scale).encode(), b"%d" % seq.adapter_start)
+        tokens = seq.token_ids[index * self.block_size : (index + 1) * self.block_size]
+        return _hash(b"tokens", key, np.asarray(tokens, dtype=np.int64).tobytes())
 
     def _key_upto(self, seq: Sequence, num_blocks: int) -> BlockKey:
         key = self._root_key(seq)
         for index in range(num_blocks):
-            key = self._chain(key, self._tokens(seq, index))
+            key = self._next_key(key, seq, index)
         return key
 
-    @staticmethod
-    def _chain(key: BlockKey, tokens: list[int]) -> BlockKey:
-        return hashlib.blake2b(key + np.asarray(tokens, dtype=np.int64).tobytes(), digest_size=16).digest()
+
+def _hash(*parts: bytes) -> BlockKey:
+    hasher = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        # The length keeps ("ab", "c") apart from ("a", "bc").
+        hasher.update(len(part).to_bytes(4, "little") + part)
+    return hasher.digest()

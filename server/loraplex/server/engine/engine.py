@@ -237,7 +237,7 @@ class Engine:
                 choices=tuple(choices),
                 finished=finished,
                 usage=active.usage if finished else None,
-                adapter_digest=request.adapter_digest,
+                adapter_digest=request.acting_digest,
             )
         )
 
@@ -264,7 +264,7 @@ class Engine:
         """Drop the adapters that no name has and no request uses any more."""
         if not self._forgetting:
             return
-        used = {active.request.adapter_digest for active in self._active.values()}
+        used = {active.request.acting_digest for active in self._active.values()}
         for digest in self._forgetting.keys() - used:
             self._answer_forgets(digest, self._parts.slots.forget(digest))
 

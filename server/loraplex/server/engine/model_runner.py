@@ -6,7 +6,7 @@ lifetimes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -17,6 +17,7 @@ from loraplex.server.engine.kv_cache import KVCache
 from loraplex.server.engine.request import Logprobs
 from loraplex.server.engine.sampler import Sampler, SamplingRow
 from loraplex.server.engine.scheduler import ScheduledSequence
+from loraplex.server.engine.sequence import Sequence as EngineSequence
 from loraplex.server.errors import EngineError
 from loraplex.server.lora.ops.interface import LoraContext, LoraOps
 from loraplex.server.lora.overrides import find_overrides
@@ -134,11 +135,18 @@ def build_batch(rows: Sequence[ScheduledSequence], slot_of: SlotOf, block_size: 
 
 
 def _lora_batch(rows: Sequence[ScheduledSequence], slot_of: SlotOf) -> LoraBatch | None:
-    def entry(row: ScheduledSequence, length: int) -> tuple[int, int | None, float]:
-        digest, scale = row.seq.adapter_key
-        return length, None if digest is None else slot_of(digest), scale
+    def entries(seq: EngineSequence, first: int, length: int) -> Iterator[tuple[int, int | None, float]]:
+        digest, scale = seq.adapter_key
+        if digest is None:
+            yield length, None, scale
+            return
+        before = min(max(seq.adapter_start - first, 0), length)
+        yield before, None, scale
+        yield length - before, slot_of(digest), scale
 
-    segments = build_segments(entry(row, row.num_tokens) for row in rows)
+    spans = [(row.seq, row.seq.num_computed_tokens, row.num_tokens) for row in rows]
+    lasts = [(seq, first + length - 1, 1) for row, (seq, first, length) in zip(rows, spans, strict=True) if row.samples]
+    segments = build_segments(entry for span in spans for entry in entries(*span))
     if not segments:
         return None  # a batch without adapters skips all of it
-    return LoraBatch(segments, build_segments(entry(row, 1) for row in rows if row.samples))
+    return LoraBatch(segments, build_segments(entry for last in lasts for entry in entries(*last)))

@@ -93,8 +93,10 @@ class SamplingParams:
 class GenerationRequest:
     """One prompt with everything that decides its answer.
 
-    `adapter_digest` is None for the base alone. `seed` inside `params` is always set here: the caller draws one
-    where the user gave none. `deadline` is on `time.monotonic`'s clock, in seconds.
+    `adapter_digest` is None for the base alone. `adapter_start` is the first prompt token on which the adapter acts;
+    None if there is none (an activated adapter that the prompt does not invoke), and then the base answers. `seed`
+    inside `params` is always set here: the caller draws one where the user gave none. `deadline` is on
+    `time.monotonic`'s clock, in seconds.
     """
 
     request_id: str
@@ -102,13 +104,21 @@ class GenerationRequest:
     params: SamplingParams
     adapter_digest: str | None = None
     adapter_scale: float = 1.0
+    adapter_start: int | None = 0
     adapter_name: str = ""
     cache_salt: str = ""
     tenant: str = ""
     deadline: float | None = None
 
-    def validate(self, vocab_size: int, max_model_len: int) -> None:
+    @property
+    def acting_digest(self) -> str | None:
+        """The adapter that has a part in the answer; None where the base alone gives it."""
+        return None if self.adapter_start is None else self.adapter_digest
+
+    def validate(self, vocab_size: int, max_model_len: int, *, fixed_scale: bool = False) -> None:
         """Check prompt, scale and sampling parameters against what the model can take.
+
+        `fixed_scale` says that the adapter holds for the scale that it was trained with only (`AdapterTraits`).
 
         Raises:
             InvalidRequestError: naming every field that is out of range.
@@ -117,6 +127,13 @@ class GenerationRequest:
         if not (math.isfinite(self.adapter_scale) and abs(self.adapter_scale) <= MAX_ADAPTER_SCALE):
             bad.append(
                 FieldViolation("adapters.scale", f"must be within ±{MAX_ADAPTER_SCALE}, got {self.adapter_scale}")
+            )
+        elif fixed_scale and self.adapter_scale != 1:
+            bad.append(
+                FieldViolation(
+                    "adapters.scale",
+                    f"must be 1, got {self.adapter_scale}: DoRA's magnitudes belong to the scale of the training",
+                )
             )
         try:
             self.params.validate(vocab_size)

@@ -105,7 +105,7 @@ class Scheduler:
     @property
     def running_adapters(self) -> frozenset[str]:
         """Names of the adapters that have rows."""
-        return frozenset(seq.request.adapter_name for seq in self.running if seq.request.adapter_digest is not None)
+        return frozenset(seq.request.adapter_name for seq in self.running if seq.request.acting_digest is not None)
 
     @property
     def waiting_adapters(self) -> frozenset[str]:
@@ -190,7 +190,7 @@ class Scheduler:
         for head in chain(tuple(self._preempted), self._waiting.heads(rows, now)):
             if len(self.running) >= self._config.max_num_seqs:
                 return
-            if head.request.adapter_digest is not None:
+            if head.request.acting_digest is not None:
                 residency = Residency.NO_ROOM if draining else self._residency(head, failed)
                 if residency is Residency.NO_ROOM and self._waiting.is_overdue(head, now):
                     draining = True  # no further row on any adapter until enough end for these weights to fit
@@ -200,11 +200,11 @@ class Scheduler:
             if not self._reserve(head):
                 return
             self._start(head, now)
-            rows[head.request.adapter_digest] += 1
+            rows[head.request.acting_digest] += 1
             yield head
 
     def _residency(self, head: Sequence, failed: list[tuple[Sequence, LoraplexError]]) -> Residency:
-        digest = head.request.adapter_digest
+        digest = head.request.acting_digest
         assert digest is not None, "the base needs no slot"
         residency = self._slots.require(digest)
         if residency is Residency.FAILED:
@@ -215,16 +215,16 @@ class Scheduler:
         """Bring the adapters nearer that the next batch of rows will need, as far as can be told now."""
         if self._upcoming[0] != self._changes:
             heads = chain(tuple(self._preempted), self._waiting.heads(self._rows(), now))
-            upcoming = (head for head in heads if head.request.adapter_digest is not None)
+            upcoming = (head for head in heads if head.request.acting_digest is not None)
             self._upcoming = (self._changes, tuple(islice(upcoming, self._config.max_num_seqs)))
         told = {id(seq) for seq, _ in failed}
         for head in self._upcoming[1]:
-            digest = head.request.adapter_digest
+            digest = head.request.acting_digest
             if digest is not None and id(head) not in told and self._slots.prefetch(digest) is Residency.FAILED:
                 failed.append((head, self._slots.failure(digest)))
 
     def _rows(self) -> Counter[AdapterKey]:
-        return Counter(seq.request.adapter_digest for seq in self.running)
+        return Counter(seq.request.acting_digest for seq in self.running)
 
     def _reserve(self, seq: Sequence) -> bool:
         """Take cached and fresh blocks for all tokens of `seq`; return False, with nothing taken, if they lack."""
@@ -246,9 +246,9 @@ class Scheduler:
         else:
             self._waiting.remove(seq)
         self._changes += 1
-        self._waiting.note_admission(seq.request.adapter_digest, now)
-        if seq.request.adapter_digest is not None:
-            self._slots.retain(seq.request.adapter_digest)
+        self._waiting.note_admission(seq.request.acting_digest, now)
+        if seq.request.acting_digest is not None:
+            self._slots.retain(seq.request.acting_digest)
         seq.status = SequenceStatus.RUNNING
         seq.first_scheduled_s = now if seq.first_scheduled_s is None else seq.first_scheduled_s
         self.running.append(seq)
@@ -265,5 +265,5 @@ class Scheduler:
 
     def _give_back(self, seq: Sequence) -> None:
         self._blocks.free(seq)
-        if seq.request.adapter_digest is not None:
-            self._slots.release(seq.request.adapter_digest)
+        if seq.request.acting_digest is not None:
+            self._slots.release(seq.request.acting_digest)

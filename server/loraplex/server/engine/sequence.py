@@ -47,6 +47,7 @@ class Sequence:
     def __post_init__(self) -> None:
         """Start with the prompt."""
         self.token_ids = list(self.request.prompt_token_ids)
+        assert 0 <= self.adapter_start < len(self.token_ids), "an adapter begins to act within the prompt"
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -76,5 +77,10 @@ class Sequence:
     @property
     def adapter_key(self) -> tuple[str | None, float]:
         """The effective weights: digest and scale; the base alone is (None, 1)."""
-        digest = self.request.adapter_digest
+        digest = self.request.acting_digest
         return (digest, self.request.adapter_scale if digest else 1.0)
+
+    @property
+    def adapter_start(self) -> int:
+        """The first token on which the adapter acts; without an adapter 0."""
+        return self.request.adapter_start or 0

@@ -29,7 +29,7 @@ class StepReport:
 
     def finish(self, scheduler: Scheduler, blocks: BlockManager, duration_s: float) -> StepStats:
         """Return the figures of the step."""
-        digests = {item.seq.request.adapter_digest for item in self.plan.scheduled}
+        digests = {item.seq.request.acting_digest for item in self.plan.scheduled}
         return StepStats(
             duration_s=duration_s,
             num_running=len(scheduler.running),

@@ -42,7 +42,7 @@ class WaitingQueues:
 
     def add(self, seq: Sequence) -> None:
         """Put a sequence at the end of its adapter's queue."""
-        self._queues.setdefault(seq.request.adapter_digest, deque()).append(seq)
+        self._queues.setdefault(seq.request.acting_digest, deque()).append(seq)
         self._count += 1
 
     def remove(self, seq: Sequence) -> None:
@@ -52,7 +52,7 @@ class WaitingQueues:
             KeyError: if its adapter has no queue.
             ValueError: if it is not in it.
         """
-        key = seq.request.adapter_digest
+        key = seq.request.acting_digest
         queue = self._queues[key]
         queue.remove(seq)
         self._count -= 1
@@ -92,8 +92,8 @@ class WaitingQueues:
         since = self._waiting_since(head)
         if now - since > self._max_wait_s:
             return (False, 0, since, head.arrival_s)
-        return (True, rows.get(head.request.adapter_digest, 0), since, head.arrival_s)
+        return (True, rows.get(head.request.acting_digest, 0), since, head.arrival_s)
 
     def _waiting_since(self, head: Sequence) -> float:
         """Since when its adapter has been passed over: it came, or the one before it was admitted."""
-        return max(head.arrival_s, self._last_admission_s.get(head.request.adapter_digest, head.arrival_s))
+        return max(head.arrival_s, self._last_admission_s.get(head.request.acting_digest, head.arrival_s))

@@ -13,6 +13,7 @@ import grpc.aio
 
 from loraplex.adapters.records import AdapterRecord
 from loraplex.adapters.registry import AdapterRegistry
+from loraplex.adapters.traits import AdapterTraits
 from loraplex.server.engine.client import EngineClient
 from loraplex.server.engine.request import (
     ChoiceDelta,
@@ -103,7 +104,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             request = await loop.run_in_executor(
                 self._executor, self._request, message, record, deadline, current_request_id.get()
             )
-            digest = (ADAPTER_DIGEST_KEY, record.digest if record else "")
+            digest = (ADAPTER_DIGEST_KEY, request.acting_digest or "")
             context.set_trailing_metadata(((REQUEST_ID_KEY, request.request_id), digest))
             outputs = await stack.enter_async_context(aclosing(self._engine.generate(request)))
             generated = 0
@@ -127,6 +128,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         self, message: pb.GenerateRequest, record: AdapterRecord | None, deadline: float | None, request_id: str
     ) -> GenerationRequest:
         tokens = self._prompt(message, record)
+        traits = record.traits if record else AdapterTraits()
         room = self._limits.max_model_len - len(tokens)
         request = GenerationRequest(
             request_id=request_id,
@@ -134,12 +136,13 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             params=sampling_params(message.sampling, room, record.metadata.default_sampling if record else None),
             adapter_digest=record.digest if record else None,
             adapter_scale=_adapter_scale(message),
+            adapter_start=traits.start_in(tokens),
             adapter_name=record.name if record else "",
             cache_salt=message.cache_salt,
             tenant=message.tenant,
             deadline=deadline,
         )
-        request.validate(self._limits.vocab_size, self._limits.max_model_len)
+        request.validate(self._limits.vocab_size, self._limits.max_model_len, fixed_scale=traits.fixed_scale)
         return request
 
     def _prompt(self, message: pb.GenerateRequest, record: AdapterRecord | None) -> list[int]:
