@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 
 from loraplex.adapters.bnb import import_bitsandbytes
+from loraplex.adapters.stored_quantized import STATE_PREFIX, read_state
 from loraplex.server.errors import ModelLoadError
 
 BLOCKSIZE = 64
 _NESTED_BLOCKSIZE = 256
-_STATE = "weight.quant_state.bitsandbytes__"
 
 
 @dataclass(frozen=True)
@@ -51,22 +51,15 @@ class FourBitMatrix:
         Raises:
             ModelLoadError: if they are not what bitsandbytes writes.
         """
-        functional = import_bitsandbytes().functional
-        parts = {name: tensor for name, tensor in tensors.items() if name.startswith("weight.")}
         try:
-            state = functional.QuantState.from_dict(parts, device)
-            absmax = state.absmax
-            if state.nested:
-                absmax = functional.dequantize_blockwise(absmax, state.state2) + state.offset
-            out_features, in_features = state.shape
-            blocks, codes = len(absmax), tensors["weight"].to(device).reshape(-1).view(torch.uint8)
-            missing = blocks * state.blocksize // 2 - len(codes)
-            if not 0 <= missing < state.blocksize // 2 or blocks != -(-math.prod(state.shape) // state.blocksize):
-                raise ValueError(f"{len(codes)} bytes and {blocks} scales for a weight of shape {tuple(state.shape)}")
-        except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ModelLoadError(f"damaged 4-bit weight: {error or type(error).__name__}") from error
-        codes = torch.nn.functional.pad(codes, (0, missing)).view(blocks, -1)
-        return cls(state.quant_type, state.blocksize, (out_features, in_features), codes, absmax.float())
+            state = read_state(tensors, device)
+        except ValueError as error:
+            raise ModelLoadError(f"damaged 4-bit weight: {error}") from error
+        out_features, in_features = state.shape
+        codes = tensors["weight"].to(device).reshape(-1).view(torch.uint8)
+        padding = len(state.absmax) * state.block_size // 2 - len(codes)
+        codes = torch.nn.functional.pad(codes, (0, padding)).view(len(state.absmax), -1)
+        return cls(state.kind, state.block_size, (out_features, in_features), codes, state.absmax)
 
     @property
     def nbytes(self) -> int:
@@ -93,7 +86,7 @@ class FourBitMatrix:
 
 def is_four_bit(tensors: Mapping[str, torch.Tensor]) -> bool:
     """Whether a module's tensors in a checkpoint are 4-bit weights of bitsandbytes."""
-    return any(name.startswith(_STATE) for name in tensors)
+    return any(name.startswith(STATE_PREFIX) for name in tensors)
 
 
 def join(matrices: Sequence[FourBitMatrix]) -> list[FourBitMatrix]:
