@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 
 from loraplex.adapters import merge
 from loraplex.adapters.binding import BoundAdapter, ModuleWeights, bind
-from loraplex.adapters.bnb import import_bitsandbytes, round_trip
+from loraplex.adapters.bnb import import_bitsandbytes
 from loraplex.adapters.errors import (
     AdapterFormatError,
     AlreadyExistsError,
@@ -26,8 +27,11 @@ from loraplex.adapters.errors import (
     ResourceExhaustedError,
 )
 from loraplex.adapters.formats import read_adapter
-from loraplex.adapters.merge import MergeBase, merge_adapter
+from loraplex.adapters.merge import AdapterSource, MergeOptions, MergeResult, Progress, merge_adapters
+from loraplex.adapters.merge_methods import MergeMethod, Mixing
+from loraplex.adapters.merge_plan import MergeBase
 from loraplex.adapters.model_folder import ModelFolder
+from loraplex.adapters.quantized_values import round_trip
 
 LLAMA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 GPT2_TARGETS = ["c_attn", "c_proj", "c_fc"]
@@ -79,6 +83,18 @@ def logits(model: Any) -> torch.Tensor:
     return found.float()
 
 
+def merge_adapter(
+    model: Path,
+    adapter: Path | BoundAdapter,
+    output: Path,
+    *,
+    scale: float = 1.0,
+    progress: Progress = lambda phase, done, total: None,
+    **options: Any,
+) -> MergeResult:
+    return merge_adapters(model, [AdapterSource(adapter, scale)], output, MergeOptions(**options), progress)
+
+
 def family_targets(family: str) -> list[str]:
     return LLAMA_TARGETS if family == "llama" else GPT2_TARGETS
 
@@ -107,7 +123,7 @@ def test_merged_weights_are_pefts(tmp_path: Path, family: str, options: dict[str
     merged = load(result.output)
     assert_same_weights(merged, expected, 1e-5)
     assert (logits(merged) - logits(load(base))).abs().max() > 1e-2
-    assert result.modules == (14 if family == "llama" else 8)
+    assert result.parameters == (14 if family == "llama" else 8)
     assert result.dtype == torch.float32
     assert result.base is MergeBase.FULL_PRECISION
 
@@ -184,21 +200,32 @@ def test_scale_and_a_bound_adapter(tmp_path: Path) -> None:
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 6}))
     expected = PeftModel.from_pretrained(load(base), adapter).merge_and_unload()
     assert_same_weights(load(result.output), expected, 1e-5)
-    assert result.adapter_digest == bound.digest
+    assert result.adapter_digests == (bound.digest,)
 
 
-def test_sharded_models_stay_sharded(tmp_path: Path) -> None:
-    base = make_base(tmp_path / "base", "llama", max_shard_size="60KB")
+@pytest.mark.parametrize("sharded", [True, False])
+def test_shards_are_as_large_as_asked(tmp_path: Path, sharded: bool) -> None:
+    base = make_base(tmp_path / "base", "llama", max_shard_size="60KB" if sharded else "5GB")
     adapter = make_adapter(base, tmp_path / "adapter", [*LLAMA_TARGETS, "lm_head"])
-    seen: list[tuple[int, int]] = []
-    result = merge_adapter(base, adapter, tmp_path / "merged", progress=lambda *done: seen.append(done))
-    assert set(result.files) == {path.name for path in base.glob("*.safetensors")}
-    assert len(result.files) > 1
+    seen: list[tuple[str, int, int]] = []
+    output, limit = tmp_path / "merged", 100_000
+    result = merge_adapter(base, adapter, output, max_shard_bytes=limit, progress=lambda *step: seen.append(step))
+    names = sorted(path.name for path in output.glob("*.safetensors"))
+    count = len(names)
+    assert names == [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)] == sorted(result.files)
+    sizes = [sum(tensor.nbytes for tensor in load_file(output / name).values()) for name in names]
+    assert count > 1
+    assert all(size <= limit for size in sizes)
+    # As full as the order of the tensors allows: no two neighbours would fit in one.
+    assert all(left + right > limit for left, right in itertools.pairwise(sizes))
     unmerged = PeftModel.from_pretrained(load(base), adapter).eval()
-    assert (logits(load(result.output)) - logits(unmerged)).abs().max() < 1e-4
-    index = json.loads((result.output / "model.safetensors.index.json").read_text())
-    assert seen == [(i + 1, len(index["weight_map"])) for i in range(len(index["weight_map"]))]
-    assert index["metadata"]["total_size"] == result.size_bytes
+    assert (logits(load(output)) - logits(unmerged)).abs().max() < 1e-4
+    index = json.loads((output / "model.safetensors.index.json").read_text())
+    written = [step[1:] for step in seen if step[0] == "merging"]
+    assert written == [(i + 1, len(index["weight_map"])) for i in range(len(index["weight_map"]))]
+    assert index["metadata"]["total_size"] == result.size_bytes == sum(sizes)
+    whole = merge_adapter(base, adapter, tmp_path / "whole")
+    assert set(whole.files) == {"model.safetensors"}
 
 
 def test_checkpoints_without_the_prefix(tmp_path: Path) -> None:
@@ -234,7 +261,7 @@ def test_what_lies_beside_the_weights(tmp_path: Path) -> None:
         "tokenizer_config.json",
     ]
     card = (second.output / "README.md").read_text()
-    assert second.adapter_digest in card
+    assert second.adapter_digests[0] in card
     assert second.files["model.safetensors"] in card
     assert "quantization_config" not in (second.output / "config.json").read_text()
     again = merge_adapter(base, adapter, tmp_path / "again")
@@ -285,7 +312,7 @@ def test_outputs_that_exist_are_not_touched(tmp_path: Path) -> None:
         with pytest.raises(AlreadyExistsError):
             merge_adapter(base, adapter, tmp_path / name)
 
-    def interfere(done: int, total: int) -> None:
+    def interfere(phase: str, done: int, total: int) -> None:
         (tmp_path / "late").mkdir(exist_ok=True)
         (tmp_path / "late" / "mine").touch()
 
@@ -300,7 +327,7 @@ def test_a_full_disk_and_an_interruption_leave_nothing(tmp_path: Path, monkeypat
     adapter = make_adapter(base, tmp_path / "adapter", ["q_proj"])
     before = sorted(tmp_path.iterdir())
 
-    def stop(done: int, total: int) -> None:
+    def stop(phase: str, done: int, total: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -312,7 +339,7 @@ def test_a_full_disk_and_an_interruption_leave_nothing(tmp_path: Path, monkeypat
             merge_adapter(base, adapter, tmp_path / "merged")
     assert sorted(tmp_path.iterdir()) == before
 
-    def fill(done: int, total: int) -> None:
+    def fill(phase: str, done: int, total: int) -> None:
         # The config goes to a device that is always full.
         folder = next(tmp_path.glob(".*.partial"))
         (folder / "config.json").unlink(missing_ok=True)
@@ -331,6 +358,12 @@ def test_a_full_disk_and_an_interruption_leave_nothing(tmp_path: Path, monkeypat
         ({"quantization": "nf4"}, "quantization"),
         ({"scale": float("nan")}, "scale"),
         ({"dtype": torch.int8}, "dtype"),
+        ({"quantize": "int8"}, "quantize"),
+        ({"max_shard_bytes": 0}, "max_shard_bytes"),
+        ({"max_mean_kl": -1.0}, "max_mean_kl"),
+        ({"mixing": Mixing(MergeMethod.TIES)}, "method"),
+        ({"mixing": Mixing(density=0.5)}, "density"),
+        ({"mixing": Mixing(seed=1)}, "seed"),
         ({"output": Path("absent/folder/merged")}, "output"),
     ],
 )

@@ -174,9 +174,22 @@ DEFAULTS: dict[str, Behaviour] = {
     ),
     "MergeAdapter": answer(
         [
-            export_pb2.MergeAdapterResponse(tensors_done=1, tensors_total=2),
+            export_pb2.MergeAdapterResponse(tensors_done=1, tensors_total=2, phase="merging"),
             export_pb2.MergeAdapterResponse(
-                tensors_done=2, tensors_total=2, output_path="/exports/m", adapter_digest=DIGEST
+                tensors_done=2,
+                tensors_total=2,
+                output_path="/exports/m",
+                adapter_digest=DIGEST,
+                adapter_digests=[DIGEST],
+                comparison=export_pb2.MergeComparison(
+                    max_logit_difference=0.5, top1_agreement=0.75, mean_kl=0.001, positions=40
+                ),
+                speed=[
+                    export_pb2.SpeedFigures(
+                        model=side, tokens_per_second=rate, first_token_ms=8.0, inter_token_ms_p50=2.0
+                    )
+                    for side, rate in (("unmerged", 40.0), ("merged", 50.0))
+                ],
             ),
         ]
     ),

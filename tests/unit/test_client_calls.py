@@ -27,9 +27,11 @@ from loraplex.client import (
     InternalError,
     InvalidRequestError,
     MergeBase,
+    MergeComparison,
     MergeProgress,
     NotFoundError,
     SamplingOptions,
+    SpeedFigures,
     UnavailableError,
     UploadProgress,
     Usage,
@@ -159,7 +161,12 @@ async def test_listing_goes_through_all_pages(both: Both, server: FakeServer) ->
 async def test_merge(both: Both, server: FakeServer) -> None:
     stream = both.client.merge_adapter("a", "out", base=MergeBase.DEQUANTIZED, scale=0.5)
     received = [progress async for progress in both.items(stream)]
-    assert received == [MergeProgress(1, 2), MergeProgress(2, 2, "/exports/m", DIGEST)]
+    speed = (SpeedFigures("unmerged", 40.0, 8.0, 2.0), SpeedFigures("merged", 50.0, 8.0, 2.0))
+    comparison = MergeComparison(0.5, 0.75, 0.001, 40)
+    assert received == [
+        MergeProgress(1, 2, phase="merging"),
+        MergeProgress(2, 2, "/exports/m", DIGEST, "", comparison, speed, (DIGEST,)),
+    ]
     assert await both.finish(stream, "result") == received[-1]
     (seen,) = server.seen["MergeAdapter"]
     assert (seen.request.base, seen.request.scale) == (export_pb2.MERGE_BASE_DEQUANTIZED, 0.5)

@@ -120,9 +120,16 @@ def test_request_ids_are_made_where_none_is_given() -> None:
 
 
 def test_merge_bases_are_taken_by_name() -> None:
-    assert merge_adapter("a", "o", "dequantized", None).request.base == export_pb2.MERGE_BASE_DEQUANTIZED
+    assert merge_adapter("a", "o", base="dequantized").request.base == export_pb2.MERGE_BASE_DEQUANTIZED
     with pytest.raises(InvalidRequestError, match="base"):
-        merge_adapter("a", "o", "half", None)
+        merge_adapter("a", "o", base="half")
+    assert merge_adapter("a", "o", method="ties").request.method == export_pb2.MERGE_METHOD_TIES
+    with pytest.raises(InvalidRequestError, match="method"):
+        merge_adapter("a", "o", method="soup")
+    with pytest.raises(InvalidRequestError, match="seed"):
+        merge_adapter({"a": 0.5, "b": 0.5}, "o", seed=-1)
+    with pytest.raises(TypeError, match="fast"):
+        merge_adapter("a", "o", fast=True)  # type: ignore[call-arg]
 
 
 def test_logprobs_are_read() -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import BinaryIO
 from loraplex.adapters.errors import PreconditionError, ResourceExhaustedError
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+_PARTIAL = re.compile(r"\..+\.[0-9a-f]{32}\.partial")
 
 
 @contextmanager
@@ -34,6 +37,48 @@ def removed_at_exit(folder: Path) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def partial_folder(target: Path) -> Iterator[Path]:
+    """Make a folder beside `target` to fill and rename to it; it is removed afterwards unless that was done.
+
+    What a killed process left beside `target` in this way goes first: a folder whose maker lives is locked.
+
+    Raises:
+        OSError: if the folder cannot be made.
+    """
+    with _locked(target.parent):
+        for left in target.parent.glob(".*.partial"):
+            if _PARTIAL.fullmatch(left.name):
+                _remove_left(left)
+        folder = target.parent / f".{target.name}.{uuid.uuid4().hex}.partial"
+        folder.mkdir()
+        lock = os.open(folder, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        with removed_at_exit(folder):
+            yield folder
+    finally:
+        os.close(lock)
+
+
+def _remove_left(folder: Path) -> None:
+    try:
+        with _locked(folder, wait=False):
+            shutil.rmtree(folder, ignore_errors=True)
+    except (BlockingIOError, FileNotFoundError, NotADirectoryError):
+        return
+
+
+@contextmanager
+def _locked(folder: Path, *, wait: bool = True) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def sync_folder(folder: Path) -> None:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from loraplex.adapters.blend import Blend
+from loraplex.adapters.compare import Comparison
 from loraplex.adapters.folder import TEMPLATE_FILE
+from loraplex.adapters.merge_plan import MergePlan, Target
 from loraplex.adapters.model_folder import INDEX_FILE, SINGLE_FILE, ModelFolder
-from loraplex.adapters.tensor_file import TensorPlan
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 # By name, so that nothing else in the base's folder (code, other formats of the weights) travels along.
@@ -38,29 +41,19 @@ COPIED_FILES = (
 
 @dataclass(frozen=True)
 class Provenance:
-    """How the weights came about; `files` maps each weight file to its SHA-256."""
+    """How the weights came about: `changed` parameters; `files` maps each weight file to its SHA-256."""
 
-    adapter_digest: str
-    base: str
-    quantization: str | None
-    scale: float
+    blend: Blend
+    target: Target
     dtype: torch.dtype
-    modules: int
+    changed: int
     files: Mapping[str, str]
 
 
-def write_companions(
-    model: ModelFolder,
-    folder: Path,
-    plans: Mapping[str, Sequence[TensorPlan]],
-    provenance: Provenance,
-    chat_template: str | None,
-    *,
-    untied: bool,
-) -> None:
-    """Write everything but the weights into `folder`.
+def write_companions(model: ModelFolder, folder: Path, plan: MergePlan, provenance: Provenance) -> None:
+    """Write config, tokenizer and index into `folder`, which holds the weights.
 
-    An adapter's `chat_template` takes the place of the base's. `untied` says that lm_head has weights of its own now.
+    The adapters' chat template takes the place of the base's if they have one and agree on it.
 
     Raises:
         OSError: if a file cannot be read or written.
@@ -68,20 +61,98 @@ def write_companions(
     for name in COPIED_FILES:
         if (model.path / name).is_file():
             shutil.copyfile(model.path / name, folder / name)
-    if chat_template is not None:
-        (folder / TEMPLATE_FILE).write_bytes(chat_template.encode())
+    templates = {part.adapter.chat_template for part in provenance.blend.parts}
+    template = templates.pop() if len(templates) == 1 else None
+    if template is not None:
+        (folder / TEMPLATE_FILE).write_bytes(template.encode())
         _drop_template(folder / TOKENIZER_CONFIG)
-    config = {key: value for key, value in model.config.items() if key not in ("torch_dtype", "dtype")}
-    config["dtype"] = str(provenance.dtype).removeprefix("torch.")
-    if untied:
-        config["tie_word_embeddings"] = False
-    _write_json(folder / "config.json", config)
-    if tuple(plans) != (SINGLE_FILE,):
-        weight_map = {plan.name: file for file, shard in plans.items() for plan in shard}
-        total = sum(plan.nbytes for shard in plans.values() for plan in shard)
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    _write_json(folder / "config.json", _config(model, plan, provenance))
+    if tuple(plan.shards) != (SINGLE_FILE,):
+        weight_map = {
+            tensor.name: file
+            for file, outputs in plan.shards.items()
+            for output in outputs
+            for tensor in output.tensors
+        }
+        index = {"metadata": {"total_size": plan.nbytes}, "weight_map": dict(sorted(weight_map.items()))}
         _write_json(folder / INDEX_FILE, index)
-    (folder / "README.md").write_text(_card(model, provenance))
+
+
+def _config(model: ModelFolder, plan: MergePlan, provenance: Provenance) -> dict[str, Any]:
+    left_out = ("torch_dtype", "dtype", "quantization_config")
+    config = {key: value for key, value in model.config.items() if key not in left_out}
+    config["dtype"] = str(provenance.dtype).removeprefix("torch.")
+    if plan.unties:
+        config["tie_word_embeddings"] = False
+    if provenance.target.quantize:
+        config["quantization_config"] = {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "load_in_8bit": False,
+            "bnb_4bit_quant_type": provenance.target.quantize,
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_quant_storage": "uint8",
+            "bnb_4bit_compute_dtype": config["dtype"],
+            "llm_int8_skip_modules": ["lm_head"],
+        }
+    return config
+
+
+def write_card(model: ModelFolder, folder: Path, provenance: Provenance, comparison: Comparison) -> None:
+    """Write the model card: what was merged into what, the digests, and the measured difference.
+
+    Raises:
+        OSError: if a file cannot be read or written.
+    """
+    base_files = {name: _sha256(model.path / name) for name in ("config.json", *model.files)}
+    rows = [
+        *(
+            ("adapter", f"`{part.adapter.digest}`, its own scaling times {part.weight:g}")
+            for part in provenance.blend.parts
+        ),
+        *([("method", provenance.blend.mixing.describe())] if len(provenance.blend.parts) > 1 else []),
+        ("base", model.path.name),
+        ("merged into", f"{_started(model, provenance.target)} (`{provenance.target.base}`)"),
+        ("parameters changed", str(provenance.changed)),
+        ("dtype", str(provenance.dtype).removeprefix("torch.")),
+        *([("quantized again", f"{provenance.target.quantize}, bitsandbytes")] if provenance.target.quantize else []),
+    ]
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    (folder / "README.md").write_text(f"""---
+library_name: transformers
+tags:
+- merged
+- lora
+---
+# {model.path.name} with LoRA merged in
+
+Written by `loraplex merge`. It loads like any other model, without PEFT.
+
+| | |
+|---|---|
+{table}
+
+Every changed weight is W plus the adapters' updates, computed in float32 and rounded once.
+
+## Difference from base and adapters apart
+Read again after writing and computed in float32, over {comparison.positions} positions: largest logit difference
+{comparison.max_logit_difference:.3g}, same most likely token at {comparison.top1_agreement:.2%}, mean KL divergence
+{comparison.mean_kl:.3g} nats.
+
+## SHA-256 of the base's files
+{_listing(base_files)}
+
+## SHA-256 of the weights written
+{_listing(provenance.files)}
+""")
+
+
+def _started(model: ModelFolder, target: Target) -> str:
+    if model.quantization:
+        return f"the values of the base's weights, which are stored as {model.quantization} (bitsandbytes)"
+    if target.quantization:
+        return f"the base's weights after quantization to {target.quantization} and back (bitsandbytes)"
+    return "the base's own weights"
 
 
 def _drop_template(path: Path) -> None:
@@ -93,40 +164,6 @@ def _drop_template(path: Path) -> None:
 
 def _write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def _card(model: ModelFolder, provenance: Provenance) -> str:
-    started = "the base's own weights"
-    if provenance.quantization:
-        started = f"the base's weights after quantization to {provenance.quantization} and back (bitsandbytes)"
-    base_files = {name: _sha256(model.path / name) for name in ("config.json", *model.files)}
-    return f"""---
-library_name: transformers
-tags:
-- merged
-- lora
----
-# {model.path.name} with one LoRA adapter merged in
-
-Written by `loraplex merge`. It loads like any other model, without PEFT.
-
-| | |
-|---|---|
-| adapter | `{provenance.adapter_digest}` |
-| base | {model.path.name} |
-| merged into | {started} (`{provenance.base}`) |
-| modules changed | {provenance.modules} |
-| adapter scale | {provenance.scale:g} times the adapter's own scaling |
-| dtype | {str(provenance.dtype).removeprefix("torch.")} |
-
-Every changed weight is W + scale * scaling * B A, computed in float32.
-
-## SHA-256 of the base's files
-{_listing(base_files)}
-
-## SHA-256 of the weights written
-{_listing(provenance.files)}
-"""
 
 
 def _listing(files: Mapping[str, str]) -> str:

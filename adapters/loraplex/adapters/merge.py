@@ -1,7 +1,8 @@
-"""Folds one adapter into its base model and writes the result as a Hugging Face folder.
+"""Folds one adapter or several into a base model and writes the result as a Hugging Face folder.
 
-Works tensor by tensor on the files of the base; the model is never built. Each target becomes
-W' = W + scale * scaling * B A, computed in float32 and rounded once, to the dtype that is written.
+Then it is read again, to say how far it is from base and adapters apart. All of this goes parameter by parameter on the
+files of the base; the model is never built with its weights. Each target becomes W' = W + sum of weight * scaling * B A
+(or what TIES, DARE, DoRA define), computed in float32 and rounded once, to the dtype that is written.
 
 `MergeBase.FULL_PRECISION` starts from the base's own weights and keeps their dtypes unless told otherwise.
 `MergeBase.DEQUANTIZED` starts from the weights that a server with `quantization` computes with: every linear module of
@@ -11,217 +12,263 @@ have no exact form in fewer bits: only then the merged model has the same weight
 
 from __future__ import annotations
 
-import math
 import os
-import uuid
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from enum import Enum
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from loraplex.adapters.binding import BoundAdapter, ModuleWeights, bind
-from loraplex.adapters.bnb import QUANTIZATIONS, round_trip
-from loraplex.adapters.disk import disk_full_is_typed, free_bytes, move_folder, removed_at_exit, sync_folder
-from loraplex.adapters.errors import AlreadyExistsError, InvalidRequestError, PreconditionError, ResourceExhaustedError
-from loraplex.adapters.export import Provenance, write_companions
+from loraplex.adapters.binding import BoundAdapter, bind
+from loraplex.adapters.blend import Blend, WeightedAdapter
+from loraplex.adapters.compare import Comparison
+from loraplex.adapters.disk import disk_full_is_typed, free_bytes, move_folder, partial_folder, sync_folder
+from loraplex.adapters.errors import (
+    AlreadyExistsError,
+    FieldViolation,
+    InvalidRequestError,
+    PreconditionError,
+    ResourceExhaustedError,
+)
+from loraplex.adapters.export import Provenance, write_card, write_companions
 from loraplex.adapters.formats import read_adapter
-from loraplex.adapters.model_folder import HEAD, ModelFolder
-from loraplex.adapters.tensor_file import TensorPlan, write_tensors
+from loraplex.adapters.merge_check import check_merged
+from loraplex.adapters.merge_methods import Mixing, weight_violations
+from loraplex.adapters.merge_plan import MergeBase, MergePlan, Output, Target
+from loraplex.adapters.model_folder import ModelFolder
+from loraplex.adapters.prompts import BUILT_IN
+from loraplex.adapters.quantized_values import QUANTIZATIONS
+from loraplex.adapters.speed_command import SpeedFigures, SpeedJob, measure_speed
+from loraplex.adapters.tensor_file import write_tensors
 
-# Called with how many tensors have been written and how many there are.
-Progress = Callable[[int, int], None]
+# Called with the phase, how much of it is done and how much there is.
+Progress = Callable[[str, int, int], None]
+MERGING, CHECKING, MEASURING = "merging", "checking", "measuring"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DEFAULT_SHARD_BYTES = 5_000_000_000
+MIN_SHARD_BYTES = 1 << 16
+DEFAULT_MAX_MEAN_KL = 1e-2
+"""In nats, for weights that are written as they are. Quantizing them again costs more than any merge should."""
 
 
-class MergeBase(Enum):
-    """Which weights the adapter is folded into."""
+@dataclass(frozen=True)
+class AdapterSource:
+    """An adapter, bound already or as a folder, and what multiplies its own scaling."""
 
-    FULL_PRECISION = "full_precision"
-    DEQUANTIZED = "dequantized"
+    adapter: BoundAdapter | Path
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """How to merge.
+
+    Attributes:
+        base: which weights the adapters are folded into.
+        quantization: "nf4", "fp4" or "int8", for a dequantized base; else None.
+        dtype: of all floating-point tensors written; None stands for what the module's docstring says.
+        mixing: how several adapters become one.
+        quantize: "" or "nf4": store the linear modules of the decoder's blocks as bitsandbytes does.
+        max_shard_bytes: of a weight file.
+        max_mean_kl: in nats; None stands for `DEFAULT_MAX_MEAN_KL`, or no limit if the result is quantized.
+        prompts: what merged and unmerged model are compared on; none stands for built-in ones.
+        speed_command: measures the speed of both; see `speed_command`. Empty: it is not measured.
+    """
+
+    base: MergeBase = MergeBase.FULL_PRECISION
+    quantization: str | None = None
+    dtype: torch.dtype | None = None
+    mixing: Mixing = field(default_factory=Mixing)
+    quantize: str = ""
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES
+    max_mean_kl: float | None = None
+    prompts: tuple[str, ...] = ()
+    speed_command: tuple[str, ...] = ()
+
+    @property
+    def kl_limit(self) -> float:
+        """The mean KL that is accepted."""
+        if self.max_mean_kl is not None:
+            return self.max_mean_kl
+        return float("inf") if self.quantize else DEFAULT_MAX_MEAN_KL
 
 
 @dataclass(frozen=True)
 class MergeResult:
-    """What was written: the folder, the version merged, how many modules it changed, the bytes of all weights.
+    """What was written and how it compares.
 
-    `dtype` is that of the changed weights; `files` maps each weight file to its SHA-256 in hexadecimal.
+    Attributes:
+        adapter_digests: the versions merged.
+        dtype: of the embedding and of all weights that are not quantized.
+        parameters: how many the adapters changed.
+        size_bytes: of all weights.
+        files: the SHA-256 of each weight file, in hexadecimal.
+        comparison: the difference from base and adapters apart.
+        speed: of both, if it was measured.
     """
 
     output: Path
-    adapter_digest: str
+    adapter_digests: tuple[str, ...]
     base: MergeBase
     quantization: str | None
     dtype: torch.dtype
-    modules: int
+    parameters: int
     size_bytes: int
     files: Mapping[str, str]
+    comparison: Comparison
+    speed: tuple[SpeedFigures, ...] = ()
 
 
-def merge_adapter(
+def merge_adapters(
     model_dir: Path,
-    adapter: BoundAdapter | Path,
+    adapters: Sequence[AdapterSource],
     output: Path,
-    *,
-    base: MergeBase = MergeBase.FULL_PRECISION,
-    quantization: str | None = None,
-    scale: float = 1.0,
-    dtype: torch.dtype | None = None,
-    progress: Progress | None = None,
+    options: MergeOptions = MergeOptions(),
+    progress: Progress = lambda phase, done, total: None,
 ) -> MergeResult:
-    """Merge `adapter` (bound, or an adapter folder) into the model in `model_dir`; write the new folder `output`.
+    """Merge `adapters` into the model in `model_dir`; write the new folder `output`.
 
-    `output` appears whole at the end or not at all. `dtype` is that of all floating-point tensors written; None stands
-    for what the module's docstring says. What `progress` raises stops the merge.
+    `output` appears whole at the end, checked, or not at all. What `progress` raises stops the merge.
 
     Raises:
         InvalidRequestError: arguments that contradict each other.
         AlreadyExistsError: `output` exists.
-        PreconditionError: the model cannot be read, the adapter does not fit it, or a merged weight is not finite.
+        PreconditionError: the model cannot be read, an adapter does not fit it or cannot be merged, a merged weight is
+            not finite, or the merged model is further from the unmerged one than `max_mean_kl`.
         ResourceExhaustedError: there is not enough space on the disk.
     """
-    _check_arguments(output, base, quantization, scale, dtype)
+    _check_arguments(output, adapters, options)
     model = ModelFolder.open(model_dir)
-    bound = adapter if isinstance(adapter, BoundAdapter) else bind(read_adapter(adapter), model.base_model())
-    _check_fit(model, bound)
-    if dtype is None and base is MergeBase.DEQUANTIZED:
+    _check_base(model, options)
+    base = model.base_model()
+    blend = Blend(tuple(WeightedAdapter(_bound(source, model), source.weight) for source in adapters), options.mixing)
+    blend.check(base, str(model.path))
+    dtype = options.dtype
+    if dtype is None and options.base is MergeBase.DEQUANTIZED and not options.quantize:
         dtype = torch.float32
-    merger = _Merger(model, bound, scale, quantization, dtype)
-    needed = sum(plan.nbytes for plans in merger.plans.values() for plan in plans)
-    if needed > free_bytes(output.parent):
-        raise ResourceExhaustedError(f"the merged model needs {needed} bytes below {output.parent}; the disk has fewer")
-    partial = output.parent / f".{output.name}.{uuid.uuid4().hex}.partial"
-    with disk_full_is_typed("writing the merged model"), removed_at_exit(partial):
-        partial.mkdir()
-        files = merger.write(partial, progress)
-        written = dtype or merger.written_dtype
-        provenance = Provenance(bound.digest, base.value, quantization, scale, written, len(bound.modules), files)
-        write_companions(model, partial, merger.plans, provenance, bound.chat_template, untied=merger.unties)
+    target = Target(options.base, options.quantization, dtype, options.quantize, options.max_shard_bytes)
+    plan = MergePlan(model, blend, target)
+    if plan.nbytes > free_bytes(output.parent):
+        raise ResourceExhaustedError(
+            f"the merged model needs {plan.nbytes} bytes below {output.parent}; the disk has fewer"
+        )
+    with disk_full_is_typed("writing the merged model"), partial_folder(output) as partial:
+        files = _write_weights(plan, partial, progress)
+        provenance = Provenance(blend, target, plan.dtype, plan.changed, files)
+        write_companions(model, partial, plan, provenance)
+        comparison = check_merged(
+            model, blend, options.quantization, partial, options.prompts, lambda *done: progress(CHECKING, *done)
+        )
+        _check_comparison(comparison, options.kl_limit)
+        speed = _measure(model_dir, adapters, options, partial, lambda *done: progress(MEASURING, *done))
+        write_card(model, partial, provenance, comparison)
         sync_folder(partial)
         _move(partial, output)
-    return MergeResult(output, bound.digest, base, quantization, written, len(bound.modules), needed, files)
+    return MergeResult(
+        output,
+        blend.digests,
+        options.base,
+        options.quantization,
+        plan.dtype,
+        plan.changed,
+        plan.nbytes,
+        files,
+        comparison,
+        speed,
+    )
 
 
-class _Merger:
-    """Plans every output tensor and makes them one at a time."""
+def _bound(source: AdapterSource, model: ModelFolder) -> BoundAdapter:
+    if isinstance(source.adapter, BoundAdapter):
+        return source.adapter
+    return bind(read_adapter(source.adapter), model.base_model())
 
-    def __init__(
-        self,
-        model: ModelFolder,
-        adapter: BoundAdapter,
-        scale: float,
-        quantization: str | None,
-        dtype: torch.dtype | None,
-    ) -> None:
-        self._model = model
-        self._scale = scale
-        self._quantization = quantization
-        self._merged = {f"{module}.weight": weights for module, weights in adapter.modules.items()}
-        quantized = model.block_modules() if quantization else frozenset[str]()
-        self._quantized = {f"{module}.weight" for module in quantized}
-        # A merged lm_head is no longer the embedding; the other of the two is then written beside it.
-        self.unties = HEAD in self._merged
-        sources = {name: name for name in model.tensors}
-        if self.unties:
-            sources[HEAD] = model.head_source
-            sources.setdefault(model.embedding, HEAD)
-        self._sources = sources
-        self.plans = self._plan(dtype)
 
-    @property
-    def written_dtype(self) -> torch.dtype:
-        """The dtype of the first merged weight."""
-        planned = {plan.name: plan.dtype for plans in self.plans.values() for plan in plans}
-        return planned[next(iter(self._merged))]
+def _write_weights(plan: MergePlan, folder: Path, progress: Progress) -> dict[str, str]:
+    """Write the weight files; return their SHA-256."""
+    total, done = len(plan.outputs), 0
 
-    def write(self, folder: Path, progress: Progress | None) -> dict[str, str]:
-        """Write all files into `folder`; return their SHA-256."""
-        total, done = len(self._sources), 0
-
-        def make(plan: TensorPlan) -> torch.Tensor:
-            nonlocal done
-            tensor = self._make(plan)
+    def tensors(outputs: Sequence[Output]) -> Iterator[tuple[str, torch.Tensor]]:
+        nonlocal done
+        for output in outputs:
+            yield from plan.make([output])
             done += 1
-            if progress is not None:
-                progress(done, total)
-            return tensor
+            progress(MERGING, done, total)
 
-        return {file: write_tensors(folder / file, plans, make) for file, plans in self.plans.items()}
-
-    def _plan(self, dtype: torch.dtype | None) -> dict[str, list[TensorPlan]]:
-        """Put each tensor in the file that its source has in the base."""
-        plans: dict[str, list[TensorPlan]] = {file: [] for file in self._model.files}
-        for name, source in self._sources.items():
-            stored = self._model.tensors[source]
-            target = dtype if dtype is not None and stored.dtype.is_floating_point else stored.dtype
-            plans[stored.file].append(TensorPlan(name, target, stored.shape))
-        return plans
-
-    def _make(self, plan: TensorPlan) -> torch.Tensor:
-        """Return the tensor of `plan` in its dtype."""
-        tensor = self._model.read(self._sources[plan.name])
-        adapter = self._merged.get(plan.name)
-        if adapter is None and plan.name not in self._quantized:
-            return tensor if tensor.dtype == plan.dtype else _cast(tensor, plan)
-        transposed = self._model.conv1d and plan.name != HEAD
-        weight = tensor.float().t() if transposed else tensor.float()
-        if self._quantization is not None and plan.name in self._quantized:
-            weight = round_trip(weight, self._quantization)
-        if adapter is not None:
-            weight = weight + _delta(adapter, self._scale)
-        made = (weight.t() if transposed else weight).to(plan.dtype)
-        if not bool(torch.isfinite(made).all()):
-            raise PreconditionError(
-                f"{plan.name} would hold NaN or infinite values in {plan.dtype}; nothing is written"
-            )
-        return made
+    files = {}
+    for file, outputs in plan.shards.items():
+        plans = [tensor for output in outputs for tensor in output.tensors]
+        files[file] = write_tensors(folder / file, plans, tensors(outputs))
+    return files
 
 
-def _delta(weights: ModuleWeights, scale: float) -> torch.Tensor:
-    """Return scale * scaling * B A: (out, in) float32."""
-    return (weights.b.float() @ weights.a.float()) * (scale * weights.scaling)
-
-
-def _cast(tensor: torch.Tensor, plan: TensorPlan) -> torch.Tensor:
-    made = tensor.to(plan.dtype)
-    if not bool(torch.isfinite(made).all()):
-        raise PreconditionError(f"{plan.name} would hold NaN or infinite values in {plan.dtype}; nothing is written")
-    return made
-
-
-def _check_arguments(
-    output: Path, base: MergeBase, quantization: str | None, scale: float, dtype: torch.dtype | None
-) -> None:
-    if base is MergeBase.DEQUANTIZED and quantization not in QUANTIZATIONS:
-        raise InvalidRequestError.of(
-            "quantization", f"must be one of {', '.join(QUANTIZATIONS)} for a dequantized base"
+def _check_comparison(comparison: Comparison, limit: float) -> None:
+    # Not "larger than": NaN must not pass.
+    if not comparison.mean_kl <= limit:
+        raise PreconditionError(
+            f"the merged model is too far from base and adapters apart: mean KL {comparison.mean_kl:.3g} nats over "
+            f"{comparison.positions} positions, at most {limit:g} is allowed (largest logit difference "
+            f"{comparison.max_logit_difference:.3g}, the best token agrees at {comparison.top1_agreement:.1%}); "
+            "nothing is written. A finer dtype or a higher max_mean_kl would let it pass"
         )
-    if base is MergeBase.FULL_PRECISION and quantization is not None:
-        raise InvalidRequestError.of("quantization", "has no meaning for a full-precision base")
-    if not math.isfinite(scale):
-        raise InvalidRequestError.of("scale", f"must be finite, not {scale}")
-    if dtype is not None and dtype not in DTYPES:
-        raise InvalidRequestError.of("dtype", f"must be one of {', '.join(map(str, DTYPES))}, not {dtype}")
+
+
+def _measure(
+    model_dir: Path,
+    adapters: Sequence[AdapterSource],
+    options: MergeOptions,
+    merged: Path,
+    progress: Callable[[int, int], None],
+) -> tuple[SpeedFigures, ...]:
+    if not options.speed_command:
+        return ()
+    (source,) = adapters
+    assert isinstance(source.adapter, Path)
+    job = SpeedJob(model_dir, source.adapter, source.weight, merged, options.prompts or BUILT_IN)
+    return measure_speed(options.speed_command, job, progress)
+
+
+def _check_arguments(output: Path, adapters: Sequence[AdapterSource], options: MergeOptions) -> None:
+    violations = [
+        *weight_violations([source.weight for source in adapters]),
+        *options.mixing.violations(len(adapters)),
+        *(FieldViolation(name, problem) for name, holds, problem in _checks(adapters, options) if not holds),
+    ]
+    if violations:
+        raise InvalidRequestError(violations)
     if os.path.lexists(output):
         raise AlreadyExistsError(f"{output} exists; choose another output folder")
     if not output.parent.is_dir():
         raise InvalidRequestError.of("output", f"{output.parent} is not a folder")
 
 
-def _check_fit(model: ModelFolder, adapter: BoundAdapter) -> None:
-    """Check a bound adapter against the files: it may have been bound to another model than this."""
-    modules = model.base_model().modules
-    for name, weights in adapter.modules.items():
-        module = modules.get(name)
-        if module is None:
-            raise PreconditionError(f"{model.path} has no linear module {name}; it is not the adapter's base model")
-        found = (weights.a.shape[1], weights.b.shape[0])
-        if found != (module.in_features, module.out_features):
-            raise PreconditionError(
-                f"{name} has {module.in_features} inputs and {module.out_features} outputs in {model.path}, but "
-                f"{found[0]} and {found[1]} in the adapter; it is not the adapter's base model"
-            )
+def _checks(adapters: Sequence[AdapterSource], options: MergeOptions) -> Iterator[tuple[str, bool, str]]:
+    """Yield field, whether it is in order, and what is wrong if it is not."""
+    quantization, dtype = options.quantization, options.dtype
+    if options.base is MergeBase.DEQUANTIZED:
+        known = ", ".join(QUANTIZATIONS)
+        yield "quantization", quantization in QUANTIZATIONS, f"must be one of {known} for a dequantized base"
+    else:
+        yield "quantization", quantization is None, "has no meaning for a full-precision base"
+    yield "dtype", dtype is None or dtype in DTYPES, f"must be one of {', '.join(map(str, DTYPES))}, not {dtype}"
+    yield "quantize", options.quantize in ("", "nf4"), f"must be nf4 or empty, not {options.quantize!r:.80}"
+    size, limit = options.max_shard_bytes, options.max_mean_kl
+    yield "max_shard_bytes", size >= MIN_SHARD_BYTES, f"must be at least {MIN_SHARD_BYTES}, not {size}"
+    yield "max_mean_kl", limit is None or limit >= 0, f"must not be negative, got {limit}"
+    single = len(adapters) == 1 and isinstance(adapters[0].adapter, Path)
+    reason = "compares with one adapter served unmerged; with several there is nothing to compare with"
+    yield "measure_speed", single or not options.speed_command, reason
+
+
+def _check_base(model: ModelFolder, options: MergeOptions) -> None:
+    if model.quantization is None or options.quantization == model.quantization:
+        return
+    if options.base is MergeBase.FULL_PRECISION:
+        raise PreconditionError(
+            f"{model.path} is already quantized to {model.quantization}: merge into the dequantized base, or into the "
+            "model that it was made from"
+        )
+    raise PreconditionError(f"{model.path} is quantized to {model.quantization}, not to {options.quantization}")
 
 
 def _move(partial: Path, output: Path) -> None:

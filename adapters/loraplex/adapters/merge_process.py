@@ -1,9 +1,10 @@
 """`python -m loraplex.adapters.merge_process`: one merge in a process of its own, told and telling JSON.
 
-Reads one object with the arguments of `merge_adapter` from standard input and writes a line for each tensor,
-`{"done": 3, "total": 272}`; a failure is one line `{"error": "PreconditionError", "message": "..."}` and status 1. The
-error is named by its class in `errors`, whatever its own sub-class.
-SIGTERM, or a reader that goes away, ends the merge and leaves no output.
+Reads one `MergeJob` from standard input and writes a line for each step, `{"phase": "merging", "done": 3, "total":
+272}`, and at the end `{"report": {...}}`, a `MergeReport`; a failure is one line `{"error": "PreconditionError",
+"message": "..."}` and status 1. The error is named by its class in `errors`, whatever its own sub-class.
+SIGTERM, or a reader that goes away, ends the merge and leaves no output; what a SIGKILL leaves, the next merge into the
+same folder removes.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ import json
 import os
 import signal
 import sys
-from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TextIO
+
+import torch
 
 from loraplex.adapters.errors import (
     AlreadyExistsError,
@@ -23,7 +25,8 @@ from loraplex.adapters.errors import (
     PreconditionError,
     ResourceExhaustedError,
 )
-from loraplex.adapters.merge import MergeBase, merge_adapter
+from loraplex.adapters.merge import merge_adapters
+from loraplex.adapters.merge_job import MergeJob, MergeReport
 
 
 def main() -> int:
@@ -31,20 +34,22 @@ def main() -> int:
     signal.signal(signal.SIGTERM, _leave)
     # Serving goes on beside this process: it takes what is left of the processor.
     os.nice(10)
-    job: dict[str, Any] = json.load(sys.stdin)
+    # Whatever the libraries print, the reader gets JSON alone.
+    out = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    job = MergeJob.from_json(json.load(sys.stdin))
+    if job.threads:
+        torch.set_num_threads(job.threads)
+
+    def progress(phase: str, done: int, total: int) -> None:
+        _tell(out, phase=phase, done=done, total=total)
+
     try:
-        merge_adapter(
-            Path(job["model_dir"]),
-            Path(job["adapter_dir"]),
-            Path(job["output"]),
-            base=MergeBase(job["base"]),
-            quantization=job["quantization"],
-            scale=job["scale"],
-            progress=lambda done, total: _tell(done=done, total=total),
-        )
+        result = merge_adapters(job.model_dir, job.sources, job.output, job.options, progress)
     except LoraplexError as error:
-        _tell(error=_public_name(error), message=str(error))
+        _tell(out, error=_public_name(error), message=str(error))
         return 1
+    _tell(out, report=MergeReport.of(result).to_json())
     return 0
 
 
@@ -54,8 +59,8 @@ def _public_name(error: LoraplexError) -> str:
     return next((kind.__name__ for kind in shared if isinstance(error, kind)), type(error).__name__)
 
 
-def _tell(**event: object) -> None:
-    print(json.dumps(event), flush=True)
+def _tell(out: TextIO, **event: object) -> None:
+    print(json.dumps(event), file=out, flush=True)
 
 
 def _leave(signum: int, frame: FrameType | None) -> None:

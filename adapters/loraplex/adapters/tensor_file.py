@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,30 +44,39 @@ class TensorPlan:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write_tensors(path: Path, plans: list[TensorPlan], make: Callable[[TensorPlan], torch.Tensor]) -> str:
-    """Write the planned tensors to `path`, asking `make` for one at a time; return the SHA-256 of the file in hex.
+def write_tensors(path: Path, plans: Sequence[TensorPlan], tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Write the planned tensors to `path` as they come, in any order; return the SHA-256 of the file in hex.
 
     Raises:
         OSError: if the file cannot be written.
+        ValueError: if the tensors that come are not those that were planned.
     """
     # Larger elements first, as the library does it, keeps every tensor aligned to its element size.
     ordered = sorted(plans, key=lambda plan: (-plan.dtype.itemsize, plan.name))
-    hasher = hashlib.sha256()
+    header = _header(ordered)
+    places, offset = {}, len(header)
+    for plan in ordered:
+        places[plan.name] = (plan, offset)
+        offset += plan.nbytes
     with path.open("wb") as file:
+        file.write(header)
+        for name, tensor in tensors:
+            if name not in places:
+                raise ValueError(f"{name} was not planned, or comes twice")
+            plan, offset = places.pop(name)
+            if (tensor.dtype, tuple(tensor.shape)) != (plan.dtype, plan.shape):
+                raise ValueError(
+                    f"{name} is {tensor.dtype} {tuple(tensor.shape)}, planned as {plan.dtype} {plan.shape}"
+                )
+            file.seek(offset)
+            file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    if places:
+        raise ValueError(f"{len(places)} tensors were planned and did not come, {next(iter(places))} among them")
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
-        def write(data: bytes | memoryview) -> None:
-            hasher.update(data)
-            file.write(data)
 
-        write(_header(ordered))
-        for plan in ordered:
-            tensor = make(plan).to(plan.dtype).contiguous()
-            assert tuple(tensor.shape) == plan.shape
-            write(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return hasher.hexdigest()
-
-
-def _header(plans: list[TensorPlan]) -> bytes:
+def _header(plans: Sequence[TensorPlan]) -> bytes:
     """Return the length of the JSON and the JSON, padded so that the values begin at a multiple of eight."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0

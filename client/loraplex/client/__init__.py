@@ -19,6 +19,7 @@ from loraplex.client.errors import (
     ResourceExhaustedError,
     UnavailableError,
 )
+from loraplex.client.merging import MergeBase, MergeComparison, MergeMethod, MergeProgress, SpeedFigures
 from loraplex.client.options import ChatMessage, Prompt, SamplingOptions
 from loraplex.client.results import (
     Adapter,
@@ -32,8 +33,6 @@ from loraplex.client.results import (
     Generation,
     GenerationPiece,
     HealthStatus,
-    MergeBase,
-    MergeProgress,
     Registration,
     ServerInfo,
     TokenLogprob,
@@ -76,6 +75,8 @@ __all__ = [
     "InvalidRequestError",
     "LoraplexClientError",
     "MergeBase",
+    "MergeComparison",
+    "MergeMethod",
     "MergeProgress",
     "MergeStream",
     "NotFoundError",
@@ -86,6 +87,7 @@ __all__ = [
     "RetryPolicy",
     "SamplingOptions",
     "ServerInfo",
+    "SpeedFigures",
     "TokenLogprob",
     "TokenLogprobs",
     "UnavailableError",

@@ -10,8 +10,9 @@ import grpc
 
 from loraplex.client.calls import Call
 from loraplex.client.errors import CancelledError
+from loraplex.client.merging import MergeProgress
 from loraplex.client.responses import GenerationBuilder
-from loraplex.client.results import Generation, GenerationPiece, MergeProgress
+from loraplex.client.results import Generation, GenerationPiece
 from loraplex.client.retry import Attempts, wait_or_raise
 from loraplex.client.streams import Start, finished_merge
 

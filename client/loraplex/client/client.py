@@ -13,6 +13,7 @@ from loraplex.client import requests
 from loraplex.client.channel import DEFAULT_TARGET, ChannelOptions
 from loraplex.client.downloads import Download, DownloadProgress
 from loraplex.client.errors import DeadlineError, LoraplexClientError, UnavailableError
+from loraplex.client.merging import MergeKeywords
 from loraplex.client.options import Prompt, RegistrationKeywords, SamplingKeywords, SamplingOptions, combine
 from loraplex.client.results import (
     Adapter,
@@ -21,7 +22,6 @@ from loraplex.client.results import (
     DownloadedAdapter,
     Generation,
     HealthStatus,
-    MergeBase,
     Registration,
     ServerInfo,
     Unregistration,
@@ -231,15 +231,17 @@ class Client:
 
     def merge_adapter(
         self,
-        adapter: str,
+        adapter: str | Mapping[str, float],
         output: str | Path,
         *,
-        base: MergeBase | str = MergeBase.FULL_PRECISION,
-        scale: float | None = None,
         timeout: float = math.inf,
+        **options: Unpack[MergeKeywords],
     ) -> MergeStream:
-        """Fold `adapter` into the base and write a model folder at `output` below the server's export root."""
-        call = requests.merge_adapter(adapter, output, base, scale)
+        """Fold `adapter` into the base and write a model folder at `output` below the server's export root.
+
+        Several adapters are given with their weights. `options` are those of `MergeKeywords`.
+        """
+        call = requests.merge_adapter(adapter, output, **options)
         return MergeStream(call, *self._transport.opener(call, timeout))
 
     def server_info(self, *, timeout: float | None = None) -> ServerInfo:

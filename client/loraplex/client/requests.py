@@ -13,6 +13,7 @@ from grpc_health.v1 import health_pb2
 from loraplex.client import responses
 from loraplex.client.calls import Call, new_request_id
 from loraplex.client.errors import InvalidRequestError
+from loraplex.client.merging import MergeBase, MergeKeywords, MergeMethod, MergeProgress
 from loraplex.client.options import ChatMessage, Prompt, RegistrationKeywords, SamplingOptions
 from loraplex.client.results import (
     Adapter,
@@ -21,8 +22,6 @@ from loraplex.client.results import (
     Generation,
     GenerationPiece,
     HealthStatus,
-    MergeBase,
-    MergeProgress,
     Registration,
     ServerInfo,
     Unregistration,
@@ -32,6 +31,13 @@ from loraplex.v1 import adapter_pb2, export_pb2, generation_pb2, server_pb2
 _MERGE_BASES = {
     MergeBase.FULL_PRECISION: export_pb2.MERGE_BASE_FULL_PRECISION,
     MergeBase.DEQUANTIZED: export_pb2.MERGE_BASE_DEQUANTIZED,
+}
+
+_MERGE_METHODS = {
+    MergeMethod.LINEAR: export_pb2.MERGE_METHOD_LINEAR,
+    MergeMethod.TIES: export_pb2.MERGE_METHOD_TIES,
+    MergeMethod.DARE_LINEAR: export_pb2.MERGE_METHOD_DARE_LINEAR,
+    MergeMethod.DARE_TIES: export_pb2.MERGE_METHOD_DARE_TIES,
 }
 
 
@@ -274,16 +280,35 @@ def get_bind_report(report_id: str) -> Call[BindReport]:
     return Call(lambda stubs: stubs.adapters.GetBindReport, request, responses.bind_report)
 
 
-def merge_adapter(adapter: str, output: str | Path, base: MergeBase | str, scale: float | None) -> Call[MergeProgress]:
+def merge_adapter(
+    adapter: str | Mapping[str, float], output: str | Path, **options: Unpack[MergeKeywords]
+) -> Call[MergeProgress]:
     """Return the call that merges, streaming its progress.
 
     Raises:
-        InvalidRequestError: if `base` is no MergeBase.
+        InvalidRequestError: for a value that does not fit its field.
+        TypeError: for a keyword that is none of `MergeKeywords`.
     """
+    if unknown := set(options) - set(MergeKeywords.__annotations__):
+        raise TypeError(f"no option of a merge: {', '.join(sorted(unknown))}")
+    request = export_pb2.MergeAdapterRequest(output=str(output))
     with _field("base"):
-        chosen = _MERGE_BASES[MergeBase(base)]
-    request = export_pb2.MergeAdapterRequest(adapter=adapter, output=str(output), base=chosen, scale=scale)
-    return Call(lambda stubs: stubs.export.MergeAdapter, request, responses.merge_progress, adapter)
+        request.base = _MERGE_BASES[MergeBase(options.pop("base", MergeBase.FULL_PRECISION))]
+    with _field("method"):
+        request.method = _MERGE_METHODS[MergeMethod(options.pop("method", MergeMethod.LINEAR))]
+    request.prompts.extend(options.pop("prompts", ()))
+    if isinstance(adapter, str):
+        request.adapter = adapter
+    else:
+        for name, weight in adapter.items():
+            with _field("adapters.weight"):
+                request.adapters.add(adapter=name, weight=weight)
+    for name, value in options.items():
+        if value is not None:
+            with _field(name):
+                setattr(request, name, value)
+    header = adapter if isinstance(adapter, str) else ""
+    return Call(lambda stubs: stubs.export.MergeAdapter, request, responses.merge_progress, header)
 
 
 def server_info() -> Call[ServerInfo]:

@@ -9,6 +9,7 @@ from typing import Any
 from grpc_health.v1 import health_pb2
 
 from loraplex.client.errors import InternalError
+from loraplex.client.merging import MergeComparison, MergeProgress, SpeedFigures
 from loraplex.client.options import SamplingOptions
 from loraplex.client.results import (
     Adapter,
@@ -21,7 +22,6 @@ from loraplex.client.results import (
     Generation,
     GenerationPiece,
     HealthStatus,
-    MergeProgress,
     Registration,
     ServerInfo,
     TokenLogprob,
@@ -219,7 +219,24 @@ def bind_report(message: adapter_pb2.GetBindReportResponse) -> BindReport:
 
 def merge_progress(message: export_pb2.MergeAdapterResponse) -> MergeProgress:
     """Return one message of a merge."""
-    return MergeProgress(message.tensors_done, message.tensors_total, message.output_path, message.adapter_digest)
+    comparison = message.comparison
+    return MergeProgress(
+        tensors_done=message.tensors_done,
+        tensors_total=message.tensors_total,
+        output_path=message.output_path,
+        adapter_digest=message.adapter_digest,
+        phase=message.phase,
+        comparison=MergeComparison(
+            comparison.max_logit_difference, comparison.top1_agreement, comparison.mean_kl, comparison.positions
+        )
+        if message.HasField("comparison")
+        else None,
+        speed=tuple(
+            SpeedFigures(side.model, side.tokens_per_second, side.first_token_ms, side.inter_token_ms_p50)
+            for side in message.speed
+        ),
+        adapter_digests=tuple(message.adapter_digests),
+    )
 
 
 def server_info(message: server_pb2.GetServerInfoResponse) -> ServerInfo:

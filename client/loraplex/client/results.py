@@ -25,16 +25,6 @@ class HealthStatus(enum.StrEnum):
     NOT_SERVING = "not_serving"
 
 
-class MergeBase(enum.StrEnum):
-    """Which weights an adapter is folded into.
-
-    FULL_PRECISION: the base model's own; DEQUANTIZED: those that the server computes with.
-    """
-
-    FULL_PRECISION = "full-precision"
-    DEQUANTIZED = "dequantized"
-
-
 @dataclass(frozen=True)
 class TokenLogprob:
     """A token and its natural log probability, before temperature and filters."""
@@ -225,16 +215,6 @@ class BindReport:
     def problems(self) -> tuple[BindEntry, ...]:
         """The entries that do not fit."""
         return tuple(entry for entry in self.entries if entry.problem)
-
-
-@dataclass(frozen=True)
-class MergeProgress:
-    """How far a merge is; `output_path` (on the server) and `adapter_digest` are set in the last one only."""
-
-    tensors_done: int
-    tensors_total: int
-    output_path: str = ""
-    adapter_digest: str = ""
 
 
 @dataclass(frozen=True)

@@ -1,54 +1,55 @@
-"""ExportService: merges an adapter into the base in a process of its own and streams the progress.
-
-The process is `python -m loraplex.adapters.merge_process`: one JSON object in, JSON lines out. Serving goes on beside
-it, and what it does to memory ends with it.
-"""
+"""ExportService: merges adapters into the base in a process of its own and streams the progress."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 import os
-import sys
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import Executor
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc.aio
 
+from loraplex.adapters.merge import DEFAULT_SHARD_BYTES, MERGING, MergeOptions
+from loraplex.adapters.merge_job import MergeJob, MergeReport
+from loraplex.adapters.merge_methods import MergeMethod, Mixing
+from loraplex.adapters.merge_plan import MergeBase
 from loraplex.adapters.registry import AdapterRegistry
 from loraplex.server.engine.request import MAX_ADAPTER_SCALE
-from loraplex.server.errors import (
-    AlreadyExistsError,
-    EngineError,
-    InvalidRequestError,
-    LoraplexError,
-    PreconditionError,
-    ResourceExhaustedError,
-)
+from loraplex.server.errors import AlreadyExistsError, InvalidRequestError, PreconditionError
 from loraplex.server.rpc.adapter_use import adapter_use
+from loraplex.server.rpc.merge_runner import THREADS, MergeStep, run_merge
+from loraplex.server.speed import SpeedSettings
 from loraplex.v1 import export_pb2 as pb
 from loraplex.v1 import export_pb2_grpc
 
 MAX_NAME_BYTES = 200
 """What file systems take, less what the unfinished folder's name adds."""
 _BASES = {
-    pb.MERGE_BASE_UNSPECIFIED: "full_precision",
-    pb.MERGE_BASE_FULL_PRECISION: "full_precision",
-    pb.MERGE_BASE_DEQUANTIZED: "dequantized",
+    pb.MERGE_BASE_UNSPECIFIED: MergeBase.FULL_PRECISION,
+    pb.MERGE_BASE_FULL_PRECISION: MergeBase.FULL_PRECISION,
+    pb.MERGE_BASE_DEQUANTIZED: MergeBase.DEQUANTIZED,
 }
+_METHODS = {
+    pb.MERGE_METHOD_UNSPECIFIED: MergeMethod.LINEAR,
+    pb.MERGE_METHOD_LINEAR: MergeMethod.LINEAR,
+    pb.MERGE_METHOD_TIES: MergeMethod.TIES,
+    pb.MERGE_METHOD_DARE_LINEAR: MergeMethod.DARE_LINEAR,
+    pb.MERGE_METHOD_DARE_TIES: MergeMethod.DARE_TIES,
+}
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True)
 class ExportSource:
-    """What is merged into: the base model's folder, and how the server quantizes it ("none" if it does not)."""
+    """What is merged into: the base model's folder, and how the server holds it."""
 
     model_path: Path
-    quantization: str
+    settings: SpeedSettings
 
 
 class ExportServicer(export_pb2_grpc.ExportServiceServicer):
@@ -68,30 +69,46 @@ class ExportServicer(export_pb2_grpc.ExportServiceServicer):
     ) -> AsyncIterator[pb.MergeAdapterResponse]:
         """Write the merged model below the export root; leaving the stream ends the process and leaves no output."""
         output = self._output(request.output)
-        scale = request.scale if request.HasField("scale") else 1.0
-        if not (math.isfinite(scale) and abs(scale) <= MAX_ADAPTER_SCALE):
-            raise InvalidRequestError.of("scale", f"must be within ±{MAX_ADAPTER_SCALE}, got {scale}")
-        base = _BASES.get(request.base)
-        if base is None:
-            raise InvalidRequestError.of("base", f"unknown value {request.base}")
-        if base == "dequantized" and self._source.quantization == "none":
+        wanted = _adapters(request)
+        options = self._options(request)
+        async with AsyncExitStack() as stack:
+            records = [
+                await stack.enter_async_context(adapter_use(self._registry, name, self._executor)) for name, _ in wanted
+            ]
+            folders = [self._registry.folder(record.digest) for record in records]
+            adapters = tuple(zip(folders, (weight for _, weight in wanted), strict=True))
+            job = MergeJob(self._source.model_path, adapters, output, options, THREADS)
+            last = MergeStep("", 0, 0)
+            async with self._busy, aclosing(run_merge(job)) as steps:
+                async for step in steps:
+                    if isinstance(step, MergeReport):
+                        yield _finished(step, last, output)
+                    else:
+                        last = step if step.phase == MERGING else last
+                        yield pb.MergeAdapterResponse(
+                            tensors_done=step.done, tensors_total=step.total, phase=step.phase
+                        )
+
+    def _options(self, request: pb.MergeAdapterRequest) -> MergeOptions:
+        base = _known("base", _BASES, request.base)
+        quantization = self._source.settings.quantization
+        if base is MergeBase.DEQUANTIZED and quantization == "none":
             raise PreconditionError("the base model is not quantized: merge into MERGE_BASE_FULL_PRECISION")
-        async with adapter_use(self._registry, request.adapter, self._executor) as record:
-            job = {
-                "model_dir": str(self._source.model_path),
-                "adapter_dir": str(self._registry.folder(record.digest)),
-                "output": str(output),
-                "base": base,
-                "quantization": None if base == "full_precision" else self._source.quantization,
-                "scale": scale,
-            }
-            done = total = 0
-            async with self._busy, aclosing(_run_job(job)) as progress:
-                async for done, total in progress:
-                    yield pb.MergeAdapterResponse(tensors_done=done, tensors_total=total)
-            yield pb.MergeAdapterResponse(
-                tensors_done=done, tensors_total=total, output_path=str(output), adapter_digest=record.digest
-            )
+        mixing = Mixing(
+            _known("method", _METHODS, request.method),
+            request.density if request.HasField("density") else None,
+            request.seed if request.HasField("seed") else None,
+        )
+        return MergeOptions(
+            base=base,
+            quantization=quantization if base is MergeBase.DEQUANTIZED else None,
+            mixing=mixing,
+            quantize=request.quantize,
+            max_shard_bytes=request.max_shard_bytes if request.HasField("max_shard_bytes") else DEFAULT_SHARD_BYTES,
+            max_mean_kl=request.max_mean_kl if request.HasField("max_mean_kl") else None,
+            prompts=tuple(request.prompts),
+            speed_command=self._source.settings.command() if request.measure_speed else (),
+        )
 
     def _output(self, relative: str) -> Path:
         if self._root is None:
@@ -113,47 +130,51 @@ class ExportServicer(export_pb2_grpc.ExportServiceServicer):
         return output
 
 
-async def _run_job(job: dict[str, Any]) -> AsyncGenerator[tuple[int, int], None]:
-    """Run the merge process; yield (tensors written, tensors in all).
+def _adapters(request: pb.MergeAdapterRequest) -> list[tuple[str, float]]:
+    """Return the names and weights, checked."""
+    if bool(request.adapter) == bool(request.adapters):
+        raise InvalidRequestError.of("adapters", "or adapter: give one name, or several with weights, not both")
+    if request.adapters and request.HasField("scale"):
+        raise InvalidRequestError.of("scale", "is for a single adapter; several have a weight each")
+    if request.adapter:
+        wanted = [(request.adapter, request.scale if request.HasField("scale") else 1.0)]
+    else:
+        wanted = [(each.adapter, each.weight) for each in request.adapters]
+    field = "scale" if request.adapter else "adapters.weight"
+    for _, weight in wanted:
+        if not (math.isfinite(weight) and abs(weight) <= MAX_ADAPTER_SCALE):
+            raise InvalidRequestError.of(field, f"must be within ±{MAX_ADAPTER_SCALE}, got {weight}")
+    return wanted
 
-    Raises:
-        LoraplexError: what the process reports.
-        EngineError: if it dies without a word.
-    """
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-P",  # what lies in the server's working directory is no module
-        "-m",
-        "loraplex.adapters.merge_process",
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        # Ctrl-C in the server's terminal is for the server, which then ends its merge.
-        start_new_session=True,
+
+def _known(field: str, values: Mapping[Any, _Value], found: int) -> _Value:
+    value = values.get(found)
+    if value is None:
+        raise InvalidRequestError.of(field, f"unknown value {found}")
+    return value
+
+
+def _finished(report: MergeReport, last: MergeStep, output: Path) -> pb.MergeAdapterResponse:
+    difference = report.comparison
+    return pb.MergeAdapterResponse(
+        tensors_done=last.done,
+        tensors_total=last.total,
+        output_path=str(output),
+        adapter_digest=report.adapter_digests[0],
+        adapter_digests=report.adapter_digests,
+        comparison=pb.MergeComparison(
+            max_logit_difference=difference.max_logit_difference,
+            top1_agreement=difference.top1_agreement,
+            mean_kl=difference.mean_kl,
+            positions=difference.positions,
+        ),
+        speed=[
+            pb.SpeedFigures(
+                model=side.model,
+                tokens_per_second=side.tokens_per_second,
+                first_token_ms=side.first_token_ms,
+                inter_token_ms_p50=side.inter_token_ms_p50,
+            )
+            for side in report.speed
+        ],
     )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    try:
-        process.stdin.write(json.dumps(job).encode())
-        process.stdin.close()
-        async for line in process.stdout:
-            event = json.loads(line)
-            if "error" in event:
-                raise _error(event["error"], event["message"])
-            yield event["done"], event["total"]
-        if await process.wait() != 0:
-            raise EngineError(f"the merge process ended with status {process.returncode}; the server's log has more")
-    finally:
-        if process.returncode is None:
-            # SIGTERM, not SIGKILL: the process removes its half-written folder.
-            process.terminate()
-            await process.wait()
-
-
-def _error(kind: str, message: str) -> LoraplexError:
-    """Return the error that the merge process told of."""
-    if kind == InvalidRequestError.__name__:
-        # The process has checked what only it can: the output's parent folder, for one.
-        field, _, description = message.partition(": ")
-        return InvalidRequestError.of(field, description)
-    known = {k.__name__: k for k in (AlreadyExistsError, PreconditionError, ResourceExhaustedError)}
-    return known.get(kind, EngineError)(message)

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import grpc
@@ -31,7 +31,9 @@ from loraplex.server.rpc.adapters import AdapterServicer
 from loraplex.server.rpc.export import ExportServicer, ExportSource
 from loraplex.server.rpc.generation import GenerationServicer, ModelLimits
 from loraplex.server.rpc.interceptors import CallInterceptor
+from loraplex.server.rpc.merge_runner import THREADS
 from loraplex.server.rpc.server_info import ServerServicer, server_info
+from loraplex.server.speed import SpeedSettings
 from loraplex.server.tokenizer import Tokenizer
 from loraplex.v1 import (
     adapter_pb2,
@@ -238,7 +240,8 @@ async def _assemble(
     adapters = AdapterServicer(registry, engine, metrics, model.vocab_size, administration, transfers)
     cleanup.callback(adapters.close)
     adapter_pb2_grpc.add_AdapterServiceServicer_to_server(adapters, grpc_server)
-    source = ExportSource(model.path, model.quantization)
+    held = replace(SpeedSettings.of(config.model, THREADS), quantization=model.quantization)
+    source = ExportSource(model.path, held)
     export_pb2_grpc.add_ExportServiceServicer_to_server(
         ExportServicer(registry, source, config.export_root, administration), grpc_server
     )
