@@ -8,20 +8,31 @@ import torch
 from hypothesis import strategies as st
 
 from tests.parity.peft_adapters import ALL_PROJECTIONS, RandomAdapter
+from tests.parity.peft_formats import PeftFormat
 from tests.unit.fakes import VOCAB
 
-# Six contents for four names, so that a name can get other weights while its requests run.
-CONTENTS = (
+# Prompts are beginnings of one text with one token more, so that most share blocks of a prefix.
+STORY = tuple(torch.randint(VOCAB, (28,), generator=torch.Generator().manual_seed(1)).tolist())
+INVOCATION = STORY[10:12]
+# More contents than names, so that a name can get other weights while its requests run.
+CONTENTS: tuple[RandomAdapter | PeftFormat, ...] = (
     RandomAdapter("c0", 2, 0.5),
     RandomAdapter("c1", 4, 0.5, (*ALL_PROJECTIONS, "lm_head")),
     RandomAdapter("c2", 8, 0.5, ("q_proj", "v_proj")),
     RandomAdapter("c3", 16, 0.5),
     RandomAdapter("c4", 3, 0.5, ("up_proj", "down_proj", "lm_head")),
     RandomAdapter("c5", 8, 0.5),
+    PeftFormat("dora", {"target_modules": "all-linear", "use_dora": True}),
+    PeftFormat("activated", {"target_modules": "all-linear", "alora_invocation_tokens": list(INVOCATION)}),
+    PeftFormat(
+        "tokens", {"target_modules": ["q_proj"], "lora_bias": True, "trainable_token_indices": list(STORY[::2])}
+    ),
+    PeftFormat("whole", {"target_modules": ["v_proj"], "modules_to_save": ["norm", "embed_tokens", "lm_head"]}),
+    PeftFormat(
+        "embedding", {"target_modules": ["embed_tokens", "lm_head", "o_proj"]}, {"save_embedding_layers": False}
+    ),
 )
 NAMES = ("n0", "n1", "n2", "n3")
-# Prompts are beginnings of one text with one token more, so that most share blocks of a prefix.
-STORY = tuple(torch.randint(VOCAB, (28,), generator=torch.Generator().manual_seed(1)).tolist())
 MAX_TOKENS = 20
 BLOCK_SIZE = 4
 LONGEST = len(STORY) + 1 + MAX_TOKENS

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from loraplex.adapters.errors import NotFoundError
 from loraplex.adapters.registry import AdapterRegistry
+from loraplex.adapters.traits import AdapterTraits
 from loraplex.server.config import EngineConfig
 from loraplex.server.engine.build import kv_cache_shape
 from loraplex.server.engine.commands import AbortRequest, AddRequest, ForgetAdapter
@@ -27,7 +28,8 @@ from loraplex.server.engine.request import GenerationRequest, Logprobs, Sampling
 from loraplex.server.lora.packing import packed_nbytes
 from loraplex.server.models.loader import LoadedModel, load_model
 from tests.parity.engine_runs import EngineRun, running_engine
-from tests.parity.peft_adapters import save_random_adapters
+from tests.parity.peft_adapters import RandomAdapter, save_random_adapters
+from tests.parity.peft_formats import PeftFormat
 from tests.parity.random_traffic import (
     ACTIONS,
     BLOCK_SIZE,
@@ -78,6 +80,7 @@ class Tally:
     prefix_hits: int = 0
     replaced_while_running: int = 0
     largest_mix: int = 0
+    digests: set[str] = field(default_factory=set)
 
 
 class World:
@@ -88,9 +91,10 @@ class World:
         self.registry = registry
         self.folders = folders
         self.tokenizer = byte_tokenizer()
-        digests = [registry.register(f"sizes-{i}", folder).record.digest for i, folder in enumerate(folders)]
-        sites = model.decoder.sites
-        self.adapter_bytes = [packed_nbytes(registry.load(digest), sites, torch.float32) for digest in digests]
+        records = [registry.register(f"sizes-{i}", folder).record for i, folder in enumerate(folders)]
+        self.traits = {record.digest: record.traits for record in records}
+        sites, base, digests = model.decoder.sites, model.decoder.base, list(self.traits)
+        self.adapter_bytes = [packed_nbytes(registry.load(digest), sites, torch.float32, base) for digest in digests]
         # Kept registered while solo runs are made of contents that the example has dropped.
         self._solo_weights = {digest: registry.load(digest) for digest in digests}
         for i in range(len(folders)):
@@ -110,10 +114,25 @@ class World:
             enable_prefix_caching=budgets.caching,
         )
 
+    def request(
+        self, request_id: str, prompt: tuple[int, ...], params: SamplingParams, digest: str | None, scale: float
+    ) -> GenerationRequest:
+        """Ask as the server would."""
+        traits = self.traits[digest] if digest else AdapterTraits()
+        scale = 1.0 if traits.fixed_scale else scale
+        return GenerationRequest(
+            request_id,
+            prompt,
+            params,
+            adapter_digest=digest,
+            adapter_scale=scale,
+            adapter_start=traits.start_in(prompt),
+        )
+
     def _solo(self, prompt: tuple[int, ...], digest: str | None, scale: float) -> list[Logprobs]:
         """Return the longest answer to `prompt` from an engine that does nothing else, with the best logprobs."""
         params = SamplingParams(max_tokens=MAX_TOKENS, ignore_eos=True, seed=0, logprobs=8)
-        request = GenerationRequest("solo", prompt, params, adapter_digest=digest, adapter_scale=scale)
+        request = self.request("solo", prompt, params, digest, scale)
         config = EngineConfig(enable_prefix_caching=False, kv_cache_memory=2**20, max_model_len=LONGEST)
         with running_engine(self.model, self.tokenizer, config, self._solo_weights.__getitem__) as run:
             run.finish(request)
@@ -123,7 +142,11 @@ class World:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     root = tmp_path_factory.mktemp("isolation")
-    save_random_adapters(LLAMA.save(root / "model"), CONTENTS, root / "adapters")
+    llama = LLAMA.save(root / "model")
+    for content in CONTENTS:
+        if isinstance(content, PeftFormat):
+            content.save(llama, root / "adapters" / content.name)
+    save_random_adapters(llama, [c for c in CONTENTS if isinstance(c, RandomAdapter)], root / "adapters")
     model = load_model(str(root / "model"), dtype="float32")
     registry = AdapterRegistry(root / "registry", model.base, allowed_roots=[root / "adapters"])
     yield World(model, registry, tuple(root / "adapters" / content.name for content in CONTENTS))
@@ -179,13 +202,9 @@ class Example:
             except NotFoundError:
                 return
             self.held[request_id] = digest
-        request = GenerationRequest(
-            request_id,
-            (*STORY[: action.length], action.tail),
-            SamplingParams(max_tokens=action.max_tokens, ignore_eos=True, seed=0, n=action.choices),
-            adapter_digest=digest,
-            adapter_scale=action.scale,
-        )
+        params = SamplingParams(max_tokens=action.max_tokens, ignore_eos=True, seed=0, n=action.choices)
+        prompt = (*STORY[: action.length], action.tail)
+        request = self.world.request(request_id, prompt, params, digest, action.scale)
         self.requests[request_id] = request
         self.run.engine.submit(AddRequest(request))
 
@@ -239,6 +258,8 @@ def check(example: Example, tally: Tally) -> None:
         complete = request_id not in example.aborted
         assert outputs.finished(request_id) or not complete
         scale = request.adapter_scale if request.adapter_digest else 1.0
+        if request.acting_digest is not None:
+            tally.digests.add(request.acting_digest)
         solo = example.world.solo(request.prompt_token_ids, request.adapter_digest, scale)
         for choice in range(request.params.n):
             tokens = outputs.tokens(request_id, choice)
@@ -256,12 +277,12 @@ def check(example: Example, tally: Tally) -> None:
         tally.evictions += recorder.memory.device.evictions
 
 
-def run_example(world: World, actions: list[Action], budgets: Budgets, tally: Tally) -> None:
+def run_example(world: World, contents: list[int], actions: list[Action], budgets: Budgets, tally: Tally) -> None:
     with running_engine(world.model, world.tokenizer, world.config(budgets), world.registry.load) as run:
         example = Example(world, run)
         try:
-            for number, name in enumerate(NAMES):
-                example.do(Register(name, number))
+            for name, content in zip(NAMES, contents, strict=False):
+                example.do(Register(name, content))
             for action in actions:
                 example.do(action)
         finally:
@@ -273,9 +294,13 @@ def properties(world: World, tally: Tally) -> Callable[[], None]:
     """Return the property test; it is made here because hypothesis cannot share module fixtures with examples."""
 
     @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
-    @given(actions=st.lists(ACTIONS, min_size=10, max_size=30), budgets=BUDGETS)
-    def every_request_gets_its_own_tokens(actions: list[Action], budgets: Budgets) -> None:
-        run_example(world, actions, budgets, tally)
+    @given(
+        contents=st.permutations(range(len(CONTENTS))),
+        actions=st.lists(ACTIONS, min_size=10, max_size=30),
+        budgets=BUDGETS,
+    )
+    def every_request_gets_its_own_tokens(contents: list[int], actions: list[Action], budgets: Budgets) -> None:
+        run_example(world, contents, actions, budgets, tally)
 
     return every_request_gets_its_own_tokens
 
@@ -290,12 +315,14 @@ def test_no_request_depends_on_the_others(world: World) -> None:
     happened: Mapping[str, int] = {name: value for name, value in vars(tally).items() if name != "excuses"}
     assert all(happened.values()), tally
     assert tally.largest_mix >= 2
+    assert len(tally.digests) == len(CONTENTS)
 
 
 def test_the_adapters_change_the_tokens(world: World) -> None:
     """Otherwise a mix-up would go unnoticed."""
     solos = {tuple(entry.token_id for entry in world.solo((*STORY, 0), None, 1.0))}
-    for digest in world._solo_weights:
-        for scale in (1.0, 0.5, -2.0):
+    scales = {digest: (1.0,) if traits.fixed_scale else (1.0, 0.5, -2.0) for digest, traits in world.traits.items()}
+    for digest in scales:
+        for scale in scales[digest]:
             solos.add(tuple(entry.token_id for entry in world.solo((*STORY, 0), digest, scale)))
-    assert len(solos) == 1 + 3 * len(CONTENTS)
+    assert len(solos) == 1 + sum(map(len, scales.values()))
