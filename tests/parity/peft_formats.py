@@ -126,6 +126,8 @@ _LLAMA: Sequence[PeftFormat] = (
     PeftFormat("saved-head", {"target_modules": _QV, "modules_to_save": ["lm_head"]}),
     PeftFormat("saved-both", {"target_modules": _QV, "modules_to_save": ["lm_head", "model.embed_tokens"]}),
     PeftFormat("saved-norms", {"target_modules": _QV, "modules_to_save": ["norm"]}),
+    PeftFormat("saved-mlp", {"target_modules": _QV, "modules_to_save": ["mlp"]}),
+    PeftFormat("saved-key", {"target_modules": _QV, "modules_to_save": ["k_proj"], "bias": "all"}),
     PeftFormat("saved-final-norm", {"target_modules": "all-linear", "modules_to_save": ["model.norm"]}),
     PeftFormat("saved-tied", {"target_modules": _QV, "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
     PeftFormat("saved-head-tied", {"target_modules": _QV, "modules_to_save": ["lm_head"], "ensure_weight_tying": True}),
@@ -155,6 +157,7 @@ _GPT2: Sequence[PeftFormat] = (
     PeftFormat("conv1d-biases", {"target_modules": ["c_attn"], "bias": "all", "lora_bias": True}),
     PeftFormat("wte", {"target_modules": ["c_attn", "wte", "lm_head"], "bias": "all"}),
     PeftFormat("saved-wte", {"target_modules": ["c_attn"], "modules_to_save": ["wte", "wpe", "ln_f"], "bias": "all"}),
+    PeftFormat("saved-conv1d", {"target_modules": ["c_attn"], "modules_to_save": ["mlp", "attn.c_proj"]}),
     PeftFormat("wte-tokens", {"target_modules": ["c_attn"], "trainable_token_indices": [4, 6]}),
 )
 _PHI3: Sequence[PeftFormat] = (

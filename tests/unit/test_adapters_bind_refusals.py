@@ -103,10 +103,12 @@ def test_modules_trained_whole(tmp_path: Path) -> None:
     assert set(found) == {"score"} | norms
     assert found["score"] == "is named in modules_to_save, but the base has no such module"
     assert all("according to modules_to_save (norm), but it is not in the file" in found[norm] for norm in norms)
-    down = {f"{PREFIX}model.layers.{layer}.mlp.down_proj.weight": torch.ones(8, 16) for layer in range(2)}
-    found = problems(tmp_path, down, modules_to_save=["down_proj"])
-    assert set(found) == set(down)
-    assert "linear module of the blocks that was trained whole" in next(iter(found.values()))
+    down = {f"{PREFIX}model.layers.0.mlp.down_proj.weight": torch.ones(8, 16)}
+    assert set(problems(tmp_path, down, modules_to_save=["down_proj"])) == {"model.layers.1.mlp.down_proj.weight"}
+    query = {f"{PREFIX}{Q0}.weight": torch.ones(8, 8)}
+    assert (
+        "of which PEFT would use one" in problems(tmp_path, query, modules_to_save=["q_proj"])[f"{PREFIX}{Q0}.weight"]
+    )
 
 
 @pytest.mark.parametrize(

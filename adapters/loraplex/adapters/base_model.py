@@ -44,8 +44,9 @@ class BaseModel:
     tied: bool = False
 
     def shape_of(self, parameter: str) -> tuple[int, ...] | None:
-        """Return the shape of `parameter` if an adapter can take its place: all of `parameters`, and lm_head.weight."""
-        head = self.modules.get(HEAD)
-        if parameter == HEAD_WEIGHT and head is not None:
-            return (head.out_features, head.in_features)
-        return self.parameters.get(parameter)
+        """Return the shape that the checkpoint has for `parameter`, a linear weight or one of `parameters`, or None."""
+        module = self.modules.get(parameter.removesuffix(".weight"))
+        if module is None:
+            return self.parameters.get(parameter)
+        sizes = (module.out_features, module.in_features)
+        return sizes[::-1] if self.conv1d and module.name != HEAD else sizes

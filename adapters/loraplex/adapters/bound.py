@@ -83,7 +83,7 @@ class BoundAdapter:
     Attributes:
         modules: LoRA on linear modules, lm_head among them.
         embedding: LoRA on the input embedding.
-        parameters: what takes the base's place whole, by Hugging Face parameter name: the embedding, lm_head.weight,
+        parameters: what takes the base's place whole, by Hugging Face parameter name: the embedding, linear weights,
             norms, biases, in the shape that the checkpoint has.
         token_rows: rows that take the base's place, by parameter name: of the embedding and of lm_head.weight.
         traits: how it is to be used.

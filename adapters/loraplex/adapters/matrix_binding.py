@@ -77,9 +77,9 @@ class MatrixBinding:
         if self._base.tied and self._adapter.spec.ensure_weight_tying:
             self._tie("were trained to different values, though ensure_weight_tying is set")
         self.parameters = {**replaced, **self.parameters}
-        for name in matrices & trained.keys():
-            lora = self.embedding is not None if name == self._base.embedding else HEAD in self._modules
-            if lora:
+        for name in trained:
+            lora = self.embedding if name == self._base.embedding else self._modules.get(name.removesuffix(_WEIGHT))
+            if lora is not None:
                 self._refuse(trained[name].key, "was trained whole, but it has LoRA too, of which PEFT would use one")
 
     def _place(self, name: str, source: SourceTensor) -> None:
@@ -175,9 +175,6 @@ class MatrixBinding:
     def _misfit(self, name: str, found: tuple[int, ...], wanted: tuple[int, ...] | None, what: str) -> str:
         if wanted is not None:
             return f"{what} has shape {found}, the base's {name} needs {wanted}; use the base it was trained for"
-        if name.removesuffix(_WEIGHT) in self._base.modules:
-            reason = "is a linear module of the blocks that was trained whole, which is not supported"
-            return f"{reason}; train it with LoRA, or export the model as a whole"
         return f"the base has no {name} whose place {what} could take"
 
     def _refuse(self, subject: str, problem: str) -> None:
