@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from tests.parity.tiny_models import TINY_MODELS
 
 TINY = {model.name: model for model in TINY_MODELS}
-UNTIED, TIED, GPT2, GPT2_UNTIED, PHI3, QWEN3, GEMMA2 = (
+UNTIED, TIED, GPT2, GPT2_UNTIED, PHI3, QWEN3, GEMMA2, GEMMA2_UNTIED = (
     "llama-biases",
     "llama-tied-llama3",
     "gpt2-tied",
@@ -27,6 +27,7 @@ UNTIED, TIED, GPT2, GPT2_UNTIED, PHI3, QWEN3, GEMMA2 = (
     "phi3-partial-rotary",
     "qwen3-tied",
     "gemma2-caps",
+    "gemma2-no-caps",
 )
 INVOCATION = (11, 12)
 
@@ -164,11 +165,14 @@ _PHI3: Sequence[PeftFormat] = (
     PeftFormat("fused", {"target_modules": ["qkv_proj", "gate_up_proj"]}),
     PeftFormat("fused-dora", {"target_modules": "all-linear", "use_dora": True, "modules_to_save": ["norm"]}),
 )
+# Gemma's large embeddings outweigh what weaker adapters add.
+_STRONG = {"lora_alpha": 64}
+_VD = ["v_proj", "o_proj", "up_proj", "down_proj"]
 _GEMMA: Sequence[PeftFormat] = (
-    PeftFormat("scaled-embedding", {"target_modules": ["q_proj", "embed_tokens"]}),
-    PeftFormat("scaled-tokens", {"target_modules": ["q_proj"], "trainable_token_indices": [7, 3]}),
-    PeftFormat("scaled-saved", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "norm"]}),
-    PeftFormat("scaled-tied", {"target_modules": ["q_proj", "lm_head"], "ensure_weight_tying": True}),
+    PeftFormat("scaled-embedding", {**_STRONG, "target_modules": [*_VD, "embed_tokens"]}),
+    PeftFormat("scaled-tokens", {**_STRONG, "target_modules": _VD, "trainable_token_indices": [7, 3]}),
+    PeftFormat("scaled-saved", {**_STRONG, "target_modules": _VD, "modules_to_save": ["embed_tokens", "norm"]}),
+    PeftFormat("scaled-tied", {**_STRONG, "target_modules": [*_VD, "lm_head"], "ensure_weight_tying": True}),
 )
 _QWEN: Sequence[PeftFormat] = (PeftFormat("qk-norms", {"target_modules": _QV, "modules_to_save": ["norm"]}),)
 FORMATS: Mapping[str, Sequence[PeftFormat]] = {
@@ -179,4 +183,5 @@ FORMATS: Mapping[str, Sequence[PeftFormat]] = {
     PHI3: _PHI3,
     QWEN3: _QWEN,
     GEMMA2: _GEMMA,
+    GEMMA2_UNTIED: _GEMMA,
 }
