@@ -87,6 +87,8 @@ class BoundAdapter:
             norms, biases, in the shape that the checkpoint has.
         token_rows: rows that take the base's place, by parameter name: of the embedding and of lm_head.weight.
         traits: how it is to be used.
+        layout: the same object for adapters that differ in digest and numbers only, as far as that is known; not None
+            for plain LoRA alone.
     """
 
     digest: str
@@ -96,6 +98,7 @@ class BoundAdapter:
     parameters: Mapping[str, torch.Tensor] = field(default_factory=dict)
     token_rows: Mapping[str, TokenRows] = field(default_factory=dict)
     traits: AdapterTraits = field(default_factory=AdapterTraits)
+    layout: object | None = field(default=None, repr=False, compare=False)
 
     @property
     def nbytes(self) -> int:

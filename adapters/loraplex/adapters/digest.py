@@ -22,7 +22,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -45,30 +45,42 @@ def adapter_digest(
     Raises:
         KeyError: for a tensor whose dtype is not in `DTYPE_NAMES`.
     """
+    return digest_of(canonical_form(config, tensors, chat_template))
+
+
+def digest_of(form: Iterable[bytes | torch.Tensor]) -> str:
+    """Return the digest of a canonical form."""
     hasher = hashlib.sha256()
+    for piece in form:
+        hasher.update(piece if isinstance(piece, bytes) else piece.reshape(-1).view(torch.uint8).numpy().data)
+    return PREFIX + hasher.hexdigest()
 
-    def number(value: int) -> None:
-        hasher.update(value.to_bytes(8, "little"))
 
-    def field(data: bytes | memoryview) -> None:
-        number(len(data))
-        hasher.update(data)
+def canonical_form(
+    config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], chat_template: str | None = None
+) -> Iterator[bytes | torch.Tensor]:
+    """Yield the canonical form in pieces; a tensor stands for its values.
 
-    field(FORMAT.encode())
-    field(canonical_config(config).encode())
-    number(len(tensors))
+    Raises:
+        KeyError: for a tensor whose dtype is not in `DTYPE_NAMES`.
+    """
+    yield from (_field(FORMAT.encode()), _field(canonical_config(config).encode()), _number(len(tensors)))
     for name in sorted(tensors):
         tensor = tensors[name]
-        field(name.encode())
-        field(DTYPE_NAMES[tensor.dtype].encode())
-        number(tensor.dim())
-        for size in tensor.shape:
-            number(size)
-        field(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    number(chat_template is not None)
+        yield _field(name.encode()) + _field(DTYPE_NAMES[tensor.dtype].encode()) + _number(tensor.dim())
+        yield b"".join(map(_number, tensor.shape)) + _number(tensor.nbytes)
+        yield tensor
+    yield _number(chat_template is not None)
     if chat_template is not None:
-        field(chat_template.encode())
-    return PREFIX + hasher.hexdigest()
+        yield _field(chat_template.encode())
+
+
+def _number(value: int) -> bytes:
+    return value.to_bytes(8, "little")
+
+
+def _field(data: bytes) -> bytes:
+    return _number(len(data)) + data
 
 
 def is_digest(text: str) -> bool:

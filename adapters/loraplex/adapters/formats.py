@@ -7,19 +7,20 @@ is wrong with the tensors is collected before it is reported. Knows nothing abou
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from loraplex.adapters.config_file import parse_config
-from loraplex.adapters.digest import adapter_digest
+from loraplex.adapters.digest import canonical_form, digest_of
 from loraplex.adapters.errors import AdapterFormatError, FieldViolation
-from loraplex.adapters.folder import CONFIG_FILE, WEIGHTS_FILE, read_chat_template, read_inside, require_weights
+from loraplex.adapters.files import AdapterFiles
+from loraplex.adapters.folder import WEIGHTS_FILE, require_weights
 from loraplex.adapters.spec import AdapterSpec
 from loraplex.adapters.tensor_names import Part, parse_name
 from loraplex.adapters.traits import AdapterTraits
-from loraplex.adapters.weights_file import read_weights
+from loraplex.adapters.weights_file import read_tensors
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Adapter:
         base_copies: weights of the base that were saved along (`save_embedding_layers`), by parameter path.
         token_rows: trained rows (n, hidden), in the order of the spec's `token_indices`, by module path.
         repeated: tensors that are in the file a second time: their keys, and the parameter's path.
+        canonical_form: what the digest is computed over, in pieces.
     """
 
     digest: str
@@ -73,6 +75,7 @@ class Adapter:
     base_copies: Mapping[str, SourceTensor] = field(default_factory=dict)
     token_rows: Mapping[str, SourceTensor] = field(default_factory=dict)
     repeated: Mapping[str, str] = field(default_factory=dict)
+    canonical_form: tuple[bytes | torch.Tensor, ...] = field(default=(), repr=False, compare=False)
 
     @property
     def traits(self) -> AdapterTraits:
@@ -99,13 +102,23 @@ def read_adapter(folder: Path) -> Adapter:
         AdapterFormatError: with every problem found in the file that is wrong.
         OSError: if a file cannot be read.
     """
-    spec, config = parse_config(read_inside(folder, CONFIG_FILE))
-    template = read_chat_template(folder)
-    tensors = read_weights(require_weights(folder))
+    return parse_adapter(AdapterFiles.read(folder), folder)
+
+
+def parse_adapter(files: AdapterFiles, folder: Path) -> Adapter:
+    """Check what was read from `folder`; the tensors are views of the files' content.
+
+    Raises:
+        AdapterFormatError: with every problem found in the file that is wrong.
+        OSError: if a file cannot be read.
+    """
+    spec, config = parse_config(files.config)
+    tensors = read_tensors(files.weights, require_weights(folder))
     parts = _Parts(spec)
     for key in sorted(tensors):
         parts.add(key, tensors[key])
-    adapter = parts.adapter(adapter_digest(config, tensors, template), template)
+    form = tuple(canonical_form(config, tensors, files.chat_template))
+    adapter = replace(parts.adapter(digest_of(form), files.chat_template), canonical_form=form)
     if parts.violations:
         raise AdapterFormatError(f"{WEIGHTS_FILE} cannot be used", parts.violations)
     return adapter

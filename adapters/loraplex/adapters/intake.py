@@ -17,8 +17,10 @@ from loraplex.adapters.binding import BaseModel, BindEntry, BindError, BindRepor
 from loraplex.adapters.directory import Version
 from loraplex.adapters.disk import disk_full_is_typed
 from loraplex.adapters.errors import CorruptStoreError, NotFoundError, PreconditionError
+from loraplex.adapters.files import AdapterFiles
 from loraplex.adapters.folder import WEIGHTS_FILE, copy_adapter
-from loraplex.adapters.formats import Adapter, read_adapter
+from loraplex.adapters.formats import Adapter, parse_adapter, read_adapter
+from loraplex.adapters.layout import Layout, Layouts
 from loraplex.adapters.store import BlobStore
 from loraplex.adapters.traits import AdapterTraits
 
@@ -41,6 +43,7 @@ class Intake:
         self._base = base
         self._lock = threading.Lock()
         self._reports: dict[str, BindReport] = {}
+        self._layouts = Layouts()
 
     @contextmanager
     def candidate(self, folder: Path, source: str, expected_digest: str = "") -> Iterator[Candidate]:
@@ -70,12 +73,22 @@ class Intake:
             CorruptStoreError: the files are not what the digest says.
             BindError: the adapter does not fit the base.
         """
-        return bind(self._read(digest), self._base)
+        files = self._files(digest)
+        layout = self._layouts.find(files)
+        if layout is not None:
+            _require(digest, layout.digest(files))
+            return layout.bound(files, digest)
+        adapter = self._parse(files, digest)
+        bound = bind(adapter, self._base)
+        layout = Layout.of(files, adapter.canonical_form, bound)
+        if layout is not None:
+            self._layouts.add(files, layout)
+        return replace(bound, layout=layout)
 
     def is_damaged(self, digest: str) -> bool:
         """Say whether the store has `digest`, but with another content."""
         try:
-            self._read(digest)
+            self._parse(self._files(digest), digest)
         except NotFoundError:
             return False
         except CorruptStoreError:
@@ -96,14 +109,19 @@ class Intake:
             )
         return report
 
-    def _read(self, digest: str) -> Adapter:
+    def _files(self, digest: str) -> AdapterFiles:
         folder = self._store.folder(digest)
         try:
-            adapter = read_adapter(folder)
+            return AdapterFiles.read(folder)
         except (PreconditionError, OSError) as error:
-            raise CorruptStoreError(f"the stored weights of {digest} cannot be read: {error}") from error
-        if adapter.digest != digest:
-            raise CorruptStoreError(f"the stored weights of {digest} have changed; register the adapter again")
+            raise _unreadable(digest, error) from error
+
+    def _parse(self, files: AdapterFiles, digest: str) -> Adapter:
+        try:
+            adapter = parse_adapter(files, self._store.folder(digest))
+        except (PreconditionError, OSError) as error:
+            raise _unreadable(digest, error) from error
+        _require(digest, adapter.digest)
         return adapter
 
     @contextmanager
@@ -134,3 +152,12 @@ class Intake:
             traits=traits,
             source=source,
         )
+
+
+def _require(digest: str, found: str) -> None:
+    if found != digest:
+        raise CorruptStoreError(f"the stored weights of {digest} have changed; register the adapter again")
+
+
+def _unreadable(digest: str, error: Exception) -> CorruptStoreError:
+    return CorruptStoreError(f"the stored weights of {digest} cannot be read: {error}")

@@ -5,6 +5,9 @@ Knows nothing about what the tensors mean.
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,36 +19,85 @@ from loraplex.adapters.folder import WEIGHTS_FILE
 
 # The header of an adapter is some kilobytes of JSON; safetensors itself would parse up to 100 MB of it.
 MAX_HEADER_BYTES = 16 << 20
+_LENGTH_BYTES = 8
+_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Return copies of all tensors in `path`: what happens to the file afterwards does not reach them.
+def read_weights_file(path: Path) -> bytearray:
+    """Return the content of the file at `path`, which may be anything.
+
+    Raises:
+        OSError: if it cannot be read.
+    """
+    with path.open("rb") as file:
+        file.seek(0, 2)
+        content = bytearray(file.tell())
+        file.seek(0)
+        read = file.readinto(content)
+    return content if read == len(content) else content[:read]
+
+
+def header_of(content: bytearray) -> bytes:
+    """Return the text of the header: names, types, shapes and places of the tensors; what there is of it."""
+    return bytes(content[_LENGTH_BYTES : _LENGTH_BYTES + _header_bytes(content)])
+
+
+def read_tensors(content: bytearray, path: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors in `content`, which was read from `path`, as views of it.
 
     Raises:
         AdapterFormatError: the file is damaged, claims too large a header, or holds a type or value that is no number.
         OSError: if it cannot be read.
     """
-    with path.open("rb") as file:
-        header_bytes = int.from_bytes(file.read(8), "little")
+    header_bytes = _header_bytes(content)
     if header_bytes > MAX_HEADER_BYTES:
         raise AdapterFormatError.of(WEIGHTS_FILE, f"claims a header of {header_bytes} bytes, so it is no adapter")
     try:
-        with safe_open(str(path), framework="pt") as weights:
-            tensors: dict[str, torch.Tensor] = {key: weights.get_tensor(key) for key in weights.keys()}  # noqa: SIM118
-    except SafetensorError as error:
+        # The library checks that tensors lie side by side and fill the file; it reads the header only.
+        with safe_open(str(path), framework="pt"):
+            header = json.loads(header_of(content))
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        _check_types(entries)
+        start = _LENGTH_BYTES + header_bytes
+        tensors = {
+            name: view(content, _DTYPES[entry["dtype"]], entry["shape"], start + entry["data_offsets"][0])
+            for name, entry in entries.items()
+        }
+    except (SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise AdapterFormatError.of(
             WEIGHTS_FILE, f"is damaged or incomplete ({error}); save or copy the adapter again"
         ) from error
     violations = [
-        FieldViolation(key, f"is {tensor.dtype}; only float32, float16 and bfloat16 are supported")
-        for key, tensor in tensors.items()
-        if tensor.dtype not in DTYPE_NAMES
-    ] or [
-        FieldViolation(key, "holds NaN or infinite values; the training has diverged")
-        for key, tensor in tensors.items()
+        FieldViolation(name, "holds NaN or infinite values; the training has diverged")
+        for name, tensor in tensors.items()
         if not bool(torch.isfinite(tensor).all())
     ]
     if violations:
         raise AdapterFormatError(f"{WEIGHTS_FILE} cannot be used", violations)
-    # safe_open maps the file; a clone makes the tensors independent of it.
-    return {key: tensor.clone() for key, tensor in tensors.items()}
+    return tensors
+
+
+def view(content: bytearray, dtype: torch.dtype, shape: Sequence[int], offset: int) -> torch.Tensor:
+    """Return a tensor over the bytes of `content` from `offset` on.
+
+    Raises:
+        ValueError: if it would reach beyond the end.
+    """
+    count = math.prod(shape)
+    if not count:
+        return torch.empty(*shape, dtype=dtype)
+    return torch.frombuffer(content, dtype=dtype, count=count, offset=offset).view(*shape)
+
+
+def _header_bytes(content: bytearray) -> int:
+    return int.from_bytes(content[:_LENGTH_BYTES], "little")
+
+
+def _check_types(entries: dict[str, dict[str, str]]) -> None:
+    violations = [
+        FieldViolation(name, f"is {entry['dtype']}; only float32, float16 and bfloat16 are supported")
+        for name, entry in entries.items()
+        if entry["dtype"] not in _DTYPES
+    ]
+    if violations:
+        raise AdapterFormatError(f"{WEIGHTS_FILE} cannot be used", violations)

@@ -20,9 +20,9 @@ from loraplex.server.engine.sequence import Sequence
 from loraplex.server.engine.stats import EngineObserver
 from loraplex.server.errors import ModelLoadError
 from loraplex.server.lora.ops.interface import make_lora_ops
+from loraplex.server.lora.packer import Packer
 from loraplex.server.lora.packing import pack_adapter
 from loraplex.server.lora.tiers import AdapterTiers
-from loraplex.server.lora.weights import PackedAdapter
 from loraplex.server.models.loader import LoadedModel
 from loraplex.server.tokenizer import Tokenizer
 
@@ -90,10 +90,7 @@ def build_engine(
     device = torch.device(model.device)
     dtype = adapter_dtype(model, config)
 
-    def load(digest: str) -> PackedAdapter:
-        bound, sites, base = load_adapter(digest), model.decoder.sites, model.decoder.base
-        return pack_adapter(bound, sites, dtype, torch.device("cpu"), base, pinned=device.type != "cpu")
-
+    packer = Packer(model.decoder.sites, dtype, model.decoder.base, pinned=device.type != "cpu")
     blocks = BlockManager(
         limits.num_blocks,
         config.block_size,
@@ -101,7 +98,7 @@ def build_engine(
         caching=config.enable_prefix_caching,
     )
     slots = AdapterTiers(
-        load,
+        lambda digest: packer.pack(load_adapter(digest)),
         config.adapter_device_memory,
         config.adapter_host_memory,
         device=device,
