@@ -106,6 +106,15 @@ def adapter(name: str) -> adapter_pb2.Adapter:
     )
     message.create_time.FromSeconds(1_700_000_000)
     message.aliases.append(f"{name}-alias")
+    message.version, message.kind, message.source, message.owner = 2, "lora", "hf://org/repo", "me"
+    message.tags.extend(["x", "y"])
+    message.default_sampling.temperature = 0.5
+    message.default_sampling.stop.append("END")
+    message.request_count, message.prompt_tokens, message.generation_tokens = 7, 70, 700
+    message.last_use_time.FromSeconds(1_700_000_100)
+    for number in (2, 1):
+        version = message.versions.add(number=number, digest=DIGEST, size_bytes=1024 * number, source="upload")
+        version.create_time.FromSeconds(1_700_000_000)
     return message
 
 
@@ -147,7 +156,11 @@ DEFAULTS: dict[str, Behaviour] = {
         adapter=adapter(request[0].header.name)
     ),
     "DownloadAdapter": answer(download({"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights"})),
-    "UnregisterAdapter": answer(adapter_pb2.UnregisterAdapterResponse(digest=DIGEST, active_requests=2)),
+    "UnregisterAdapter": answer(
+        adapter_pb2.UnregisterAdapterResponse(
+            digest=DIGEST, active_requests=2, device_bytes_freed=1024, host_bytes_freed=2048, disk_bytes_freed=4096
+        )
+    ),
     "ListAdapters": answer(adapter_pb2.ListAdaptersResponse(adapters=[adapter("a"), adapter("b")])),
     "GetAdapter": _one_adapter(adapter_pb2.GetAdapterResponse),
     "UpdateAdapter": _one_adapter(adapter_pb2.UpdateAdapterResponse),

@@ -127,6 +127,12 @@ def test_generate_verbose_tells_usage_on_stderr(run: Run) -> None:
         ["generate", "hi", "--timeout", "0"],
         ["adapter", "alias", "prod"],
         ["adapter", "alias", "prod", "a", "--delete"],
+        ["adapter", "alias", "prod", "a=x"],
+        ["adapter", "alias", "prod", "a=1", "a=2"],
+        ["adapter", "register", "a", "b", "--sampling", "temperature"],
+        ["adapter", "register", "a", "b", "--sampling", "heat=1"],
+        ["adapter", "register", "a", "b", "--sampling", "ignore_eos=1"],
+        ["adapter", "update", "a", "--tag", "t", "--no-tags"],
         ["adapter", "upload", "a", "/nowhere"],
         ["merge", "--adapter", "a", "--output", "o"],
         ["merge", "--adapter", "a", "--output", "o", "--server", "x", "--model", "y"],
@@ -202,19 +208,38 @@ def test_adapter_register_and_upload(run: Run, server: FakeServer, tmp_path: Pat
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "adapter_model.safetensors").write_bytes(b"x" * 100)
     assert ok(run("adapter", "register", "a", "there/a", "--description", "d")) == (
-        f"registered a ({DIGEST}, rank 8, before: sha256:old)\n"
+        f"registered a@2 ({DIGEST}, rank 8, before: sha256:old)\n"
     )
     ok(run("adapter", "register", "a", os.path.relpath(tmp_path)))
+    said = ["--tag", "x", "--tag", "y", "--owner", "me", "--expected-digest", DIGEST]
+    sampling = ["--sampling", "temperature=0.5", "--sampling", "stop=a", "--sampling", "stop=b=c"]
+    ok(run("adapter", "register", "a", "hf://org/repo", *said, *sampling, "--sampling", "ignore_eos=true"))
     paths = [seen.request.path for seen in server.seen["RegisterAdapter"]]
-    assert paths == ["there/a", str(tmp_path.resolve())]
-    assert ok(run("adapter", "upload", "b", tmp_path)) == f"registered b ({DIGEST}, rank 8)\n"
+    assert paths == ["there/a", str(tmp_path.resolve()), "hf://org/repo"]
+    request = server.seen["RegisterAdapter"][-1].request
+    assert (list(request.tags), request.owner, request.expected_digest) == (["x", "y"], "me", DIGEST)
+    defaults = request.default_sampling
+    assert (defaults.temperature, list(defaults.stop), defaults.ignore_eos) == (0.5, ["a", "b=c"], True)
+    assert not server.seen["RegisterAdapter"][0].request.HasField("default_sampling")
+    assert ok(run("adapter", "upload", "b", tmp_path)) == f"registered b@2 ({DIGEST}, rank 8)\n"
     document = json.loads(ok(run("adapter", "upload", "b", tmp_path, "--json")))
     assert document["adapter"]["created_at"] == "2023-11-14T22:13:20+00:00"
+    ok(run("adapter", "upload", "b", tmp_path, *said, *sampling))
+    header = server.seen["UploadAdapter"][-1].request[0].header
+    assert (list(header.tags), header.owner, header.expected_digest) == (["x", "y"], "me", DIGEST)
+    assert list(header.default_sampling.stop) == ["a", "b=c"]
+
+
+def test_adapter_download(run: Run, tmp_path: Path) -> None:
+    assert ok(run("adapter", "download", "a@2", tmp_path / "a")) == f"downloaded a@2 ({DIGEST}) to {tmp_path / 'a'}\n"
+    assert (tmp_path / "a" / "adapter_config.json").read_text() == "{}"
+    assert json.loads(ok(run("adapter", "download", "a", tmp_path / "b", "--json")))["folder"] == str(tmp_path / "b")
 
 
 def test_adapter_list_and_show(run: Run, server: FakeServer) -> None:
-    table = ok(run("adapter", "list", "--contains", "x"))
-    assert server.seen["ListAdapters"][0].request.name_contains == "x"
+    table = ok(run("adapter", "list", "--contains", "x", "--tag", "t", "--tag", "u", "--owner", "me"))
+    request = server.seen["ListAdapters"][0].request
+    assert (request.name_contains, list(request.tags), request.owner) == ("x", ["t", "u"], "me")
     for part in ("a-alias", "b-alias", "2KiB", "abababab", "stored"):
         assert part in table
     assert [entry["name"] for entry in json.loads(ok(run("adapter", "list", "--json")))] == ["a", "b"]
@@ -222,20 +247,34 @@ def test_adapter_list_and_show(run: Run, server: FakeServer) -> None:
     empty = run("adapter", "list")
     assert (ok(empty), empty.stderr) == ("", "no adapters\n")
     shown = ok(run("adapter", "show", "a"))
-    for part in (DIGEST, "q_proj, v_proj", "2023-11-14 22:13:20+00:00"):
+    parts = (DIGEST, "q_proj, v_proj", "2023-11-14 22:13:20+00:00", "temperature=0.5, stop=('END',)", "hf://org/repo")
+    for part in (*parts, "x, y", "7 requests, 70 prompt and 700 new tokens, last 2023-11-14 22:15:00+00:00", "1KiB"):
         assert part in shown
     assert json.loads(ok(run("adapter", "show", "a", "--json")))["rank"] == 8
 
 
 def test_adapter_changes(run: Run, server: FakeServer) -> None:
-    assert "2 requests still run" in ok(run("adapter", "unregister", "a", "b"))
-    assert [seen.request.name for seen in server.seen["UnregisterAdapter"]] == ["a", "b"]
+    gone = ok(run("adapter", "unregister", "a", "b@2", "--drain-timeout", 5))
+    assert "1KiB of device memory, 2KiB of host memory and 4KiB of disk came free; 2 requests still run" in gone
+    asked = [(seen.request.name, seen.request.drain_timeout_s) for seen in server.seen["UnregisterAdapter"]]
+    assert asked == [("a", 5), ("b@2", 5)]
+    assert json.loads(ok(run("adapter", "unregister", "a", "--json")))["a"]["disk_bytes_freed"] == 4096
+    assert not server.seen["UnregisterAdapter"][-1].request.HasField("drain_timeout_s")
     assert ok(run("adapter", "pin", "a")) == f"pinned a ({DIGEST})\n"
     assert ok(run("adapter", "unpin", "a")) == f"unpinned a ({DIGEST})\n"
     assert ok(run("adapter", "alias", "prod", "a")) == "prod -> a (before: before)\n"
     assert ok(run("adapter", "alias", "prod", "--delete")) == "deleted the alias prod\n"
-    ok(run("adapter", "update", "a", "--description", ""))
-    assert server.seen["UpdateAdapter"][0].request.HasField("description")
+    canary = json.loads(ok(run("adapter", "alias", "prod", "a@1=9", "a=1", "--json")))
+    assert canary["targets"] == [{"name": "a@1", "weight": 9}, {"name": "a", "weight": 1}]
+    assert ok(run("adapter", "alias", "prod", "a@1=9", "a=1")) == "prod -> a@1 (90.0%), a (10.0%) (before: before)\n"
+    assert ok(run("adapter", "rollback", "prod")) == "prod -> a@1 (90.0%), b (10.0%)\n"
+    ok(run("adapter", "update", "a", "--description", "", "--no-tags"))
+    ok(run("adapter", "update", "a", "--owner", "you", "--tag", "t", "--no-sampling"))
+    first, second = (seen.request for seen in server.seen["UpdateAdapter"])
+    assert [first.HasField(name) for name in ("description", "tags", "owner", "default_sampling")] == [1, 1, 0, 0]
+    assert [second.HasField(name) for name in ("description", "tags", "owner", "default_sampling")] == [0, 1, 1, 1]
+    assert (list(first.tags.values), list(second.tags.values), second.owner) == ([], ["t"], "you")
+    assert json.loads(ok(run("adapter", "pin", "a", "--json")))["version"] == 2
     assert ok(run("adapter", "report", "rep-1")) == "x_proj: the base has no x_proj\n"
     assert len(json.loads(ok(run("adapter", "report", "rep-1", "--json")))["entries"]) == 2
 

@@ -2,48 +2,75 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from loraplex.cli.adapter_options import (
+    DescriptionOption,
+    DigestOption,
+    NameArgument,
+    OwnerOption,
+    SamplingOption,
+    TagOption,
+    read_sampling,
+    read_weights,
+)
 from loraplex.cli.connection import DEFAULT_SERVER, JsonOption, ServerOption, connect
-from loraplex.cli.sizes import format_size
 
 if TYPE_CHECKING:
-    from loraplex.client import Adapter, AliasTarget, Registration
+    from loraplex.client import Registration
 
 app = typer.Typer(help="Register adapters on a running server and look after them.", no_args_is_help=True)
 
-NameArgument = Annotated[str, typer.Argument(help="Adapter name.")]
-DescriptionOption = Annotated[str, typer.Option(help="What the adapter is for.")]
+NewNameArgument = Annotated[str, typer.Argument(help="Adapter name; one that is registered gets a new version.")]
 
 
 @app.command()
 def register(
-    name: NameArgument,
-    path: Annotated[Path, typer.Argument(help="The adapter's folder, on the server.")],
+    name: NewNameArgument,
+    source: Annotated[str, typer.Argument(help="The adapter's folder on the server, or a URL (hf://org/repo@main).")],
     description: DescriptionOption = "",
+    tag: TagOption = None,
+    owner: OwnerOption = "",
+    sampling: SamplingOption = None,
+    expected_digest: DigestOption = "",
     as_json: JsonOption = False,
     server: ServerOption = DEFAULT_SERVER,
 ) -> None:
-    """Register a folder on the server, below one of its adapter roots.
+    """Register a folder below one of the server's adapter roots, or a URL below one of its adapter sources.
 
-    A relative path to a folder that is here too is made absolute; any other is sent as it is.
+    A relative path to a folder that is here too is made absolute; any other is sent as it is. What is left out stays as
+    an earlier registration of the name left it.
     """
+    defaults = read_sampling(sampling)
+    if "://" not in source and Path(source).is_dir():
+        source = str(Path(source).resolve())
     with connect(server) as client:
-        registration = client.register_adapter(name, path.resolve() if path.is_dir() else path, description)
+        registration = client.register_adapter(
+            name,
+            source,
+            description,
+            tags=tag or (),
+            owner=owner,
+            expected_digest=expected_digest,
+            default_sampling=defaults,
+        )
     _show_registration(registration, as_json)
 
 
 @app.command()
 def upload(
-    name: NameArgument,
+    name: NewNameArgument,
     folder: Annotated[
         Path, typer.Argument(help="The adapter's folder, on this machine.", exists=True, file_okay=False)
     ],
     description: DescriptionOption = "",
+    tag: TagOption = None,
+    owner: OwnerOption = "",
+    sampling: SamplingOption = None,
+    expected_digest: DigestOption = "",
     as_json: JsonOption = False,
     server: ServerOption = DEFAULT_SERVER,
 ) -> None:
@@ -51,12 +78,22 @@ def upload(
     from loraplex.cli.output import progress_bar
     from loraplex.client import UploadProgress
 
+    defaults = read_sampling(sampling)
     with connect(server) as client, progress_bar(f"Uploading {name}", of_bytes=True) as (bar, task):
 
         def show(state: UploadProgress) -> None:
             bar.update(task, completed=state.bytes_sent, total=state.bytes_total)
 
-        registration = client.upload_adapter(name, folder, description, progress=show)
+        registration = client.upload_adapter(
+            name,
+            folder,
+            description,
+            progress=show,
+            tags=tag or (),
+            owner=owner,
+            expected_digest=expected_digest,
+            default_sampling=defaults,
+        )
     _show_registration(registration, as_json)
 
 
@@ -86,107 +123,183 @@ def download(
 @app.command("list")
 def list_(
     contains: Annotated[str, typer.Option(help="Only names with this text in them.")] = "",
+    tag: Annotated[list[str] | None, typer.Option("--tag", help="Only those with this tag; repeatable.")] = None,
+    owner: Annotated[str, typer.Option(help="Only this owner's.")] = "",
     as_json: JsonOption = False,
     server: ServerOption = DEFAULT_SERVER,
 ) -> None:
     """List the registered adapters."""
+    from loraplex.cli.adapter_text import adapter_table
     from loraplex.cli.output import print_json, to_stdout
 
     with connect(server) as client:
-        adapters = client.list_adapters(contains)
+        adapters = client.list_adapters(contains, tags=tag or (), owner=owner)
     if as_json:
         print_json(adapters)
     elif not adapters:
         typer.echo("no adapters", err=True)
     else:
-        to_stdout().print(_table(adapters))
+        to_stdout().print(adapter_table(adapters))
 
 
 @app.command()
 def show(name: NameArgument, as_json: JsonOption = False, server: ServerOption = DEFAULT_SERVER) -> None:
-    """Show one adapter, by name, alias or name@sha256:..."""
-    from loraplex.cli.output import print_json
+    """Show one adapter, and all versions of its name."""
+    from loraplex.cli.adapter_text import adapter_lines, version_table
+    from loraplex.cli.output import print_json, to_stdout
 
     with connect(server) as client:
         adapter = client.get_adapter(name)
     if as_json:
         print_json(adapter)
         return
-    for label, value in (
-        ("name", adapter.name),
-        ("digest", adapter.digest),
-        ("description", adapter.description),
-        ("rank", adapter.rank),
-        ("target modules", ", ".join(adapter.target_modules)),
-        ("size", format_size(adapter.size_bytes)),
-        ("registered", adapter.created_at.isoformat(sep=" ", timespec="seconds")),
-        ("state", _state(adapter)),
-        ("active requests", adapter.active_requests),
-        ("aliases", ", ".join(adapter.aliases)),
-    ):
-        typer.echo(f"{label:<16} {value}")
+    for line in adapter_lines(adapter):
+        typer.echo(line)
+    to_stdout().print(version_table(adapter.versions))
 
 
 @app.command()
-def update(name: NameArgument, description: DescriptionOption, server: ServerOption = DEFAULT_SERVER) -> None:
-    """Change an adapter's description."""
+def update(
+    name: Annotated[str, typer.Argument(help="Adapter name.")],
+    description: Annotated[str | None, typer.Option(help="What the adapter is for.")] = None,
+    tag: Annotated[list[str] | None, typer.Option("--tag", help="Replaces all tags; repeatable.")] = None,
+    no_tags: Annotated[bool, typer.Option("--no-tags", help="Take all tags away.")] = False,
+    owner: Annotated[str | None, typer.Option(help="Whose it is.")] = None,
+    sampling: Annotated[
+        list[str] | None, typer.Option(help="Replaces all sampling defaults, as temperature=0.7; repeatable.")
+    ] = None,
+    no_sampling: Annotated[bool, typer.Option("--no-sampling", help="Take all sampling defaults away.")] = False,
+    as_json: JsonOption = False,
+    server: ServerOption = DEFAULT_SERVER,
+) -> None:
+    """Change what is told about an adapter; what is left out stays."""
+    from loraplex.cli.adapter_text import adapter_lines
+    from loraplex.cli.output import print_json
+    from loraplex.client import SamplingOptions
+
+    if (tag and no_tags) or (sampling and no_sampling):
+        raise typer.BadParameter("give new values or take all away, not both")
+    defaults = SamplingOptions() if no_sampling else read_sampling(sampling)
     with connect(server) as client:
-        client.update_adapter(name, description=description)
+        adapter = client.update_adapter(
+            name,
+            description=description,
+            tags=[] if no_tags else tag or None,
+            owner=owner,
+            default_sampling=defaults,
+        )
+    if as_json:
+        print_json(adapter)
+        return
+    for line in adapter_lines(adapter):
+        typer.echo(line)
 
 
 @app.command()
 def unregister(
-    names: Annotated[list[str], typer.Argument(help="Adapter names.")], server: ServerOption = DEFAULT_SERVER
+    names: Annotated[list[str], typer.Argument(help="Adapter names, or versions of them (NAME@2).")],
+    drain_timeout: Annotated[
+        float | None, typer.Option(min=0, help="Wait for requests that still run, this many seconds at most.")
+    ] = None,
+    as_json: JsonOption = False,
+    server: ServerOption = DEFAULT_SERVER,
 ) -> None:
     """Take names away at once; requests in flight finish on the version they started with."""
+    from loraplex.cli.output import print_json
+    from loraplex.cli.sizes import format_size
+
     with connect(server) as client:
-        for name in names:
-            gone = client.unregister_adapter(name)
-            typer.echo(f"unregistered {name} ({gone.digest}); {gone.active_requests} requests still run on it")
+        gone = {
+            name: client.unregister_adapter(
+                name, drain_timeout_s=drain_timeout, timeout=None if drain_timeout is None else drain_timeout + 60
+            )
+            for name in names
+        }
+    if as_json:
+        print_json(gone)
+        return
+    for name, left in gone.items():
+        freed = (
+            f"{format_size(left.device_bytes_freed)} of device memory, {format_size(left.host_bytes_freed)} of host "
+            f"memory and {format_size(left.disk_bytes_freed)} of disk came free"
+        )
+        running = f"; {left.active_requests} requests still run on it" if left.active_requests else ""
+        typer.echo(f"unregistered {name} ({left.digest}); {freed}{running}")
 
 
 @app.command()
-def pin(name: NameArgument, server: ServerOption = DEFAULT_SERVER) -> None:
-    """Keep an adapter's weights on the device."""
+def pin(name: NameArgument, as_json: JsonOption = False, server: ServerOption = DEFAULT_SERVER) -> None:
+    """Keep an adapter's weights on the device: a name's whichever version is current, or those of one version."""
+    from loraplex.cli.output import print_json
+
     with connect(server) as client:
         adapter = client.pin_adapter(name)
-    typer.echo(f"pinned {adapter.name} ({adapter.digest})")
+    if as_json:
+        print_json(adapter)
+    else:
+        typer.echo(f"pinned {adapter.name} ({adapter.digest})")
 
 
 @app.command()
-def unpin(name: NameArgument, server: ServerOption = DEFAULT_SERVER) -> None:
+def unpin(name: NameArgument, as_json: JsonOption = False, server: ServerOption = DEFAULT_SERVER) -> None:
     """Let an adapter's weights be evicted again."""
+    from loraplex.cli.output import print_json
+
     with connect(server) as client:
         adapter = client.unpin_adapter(name)
-    typer.echo(f"unpinned {adapter.name} ({adapter.digest})")
+    if as_json:
+        print_json(adapter)
+    else:
+        typer.echo(f"unpinned {adapter.name} ({adapter.digest})")
 
 
 @app.command()
 def alias(
     alias: Annotated[str, typer.Argument(help="The alias to make, move or delete.")],
     targets: Annotated[
-        list[str] | None, typer.Argument(help="What it points at: NAME, NAME@VERSION, or several as TARGET=WEIGHT.")
+        list[str] | None, typer.Argument(help="NAME or NAME@VERSION; several with weights: a@1=9 a@2=1")
     ] = None,
     delete: Annotated[bool, typer.Option("--delete", help="Take the alias away.")] = False,
-    rollback: Annotated[bool, typer.Option("--rollback", help="Undo its last change.")] = False,
+    as_json: JsonOption = False,
     server: ServerOption = DEFAULT_SERVER,
 ) -> None:
     """Point an alias at a registered name, or at several with weights, in one step; or take it away."""
+    from loraplex.cli.adapter_text import targets_text
+    from loraplex.cli.output import print_json
     from loraplex.client import AliasTarget
 
-    if delete + rollback + bool(targets) != 1:
-        raise typer.BadParameter("give either targets, --delete or --rollback", param_hint="TARGETS")
+    if delete == bool(targets):
+        raise typer.BadParameter("give either targets or --delete", param_hint="TARGETS")
+    weights = read_weights(targets or [])
     with connect(server) as client:
         if delete:
             client.delete_alias(alias)
             typer.echo(f"deleted the alias {alias}")
-        elif rollback:
-            typer.echo(f"{alias} -> {_targets_text(client.rollback_alias(alias))}")
-        else:
-            weights = _weights(targets or [])
-            before = client.set_alias(alias, weights)
-            now = _targets_text([AliasTarget(name, weight) for name, weight in weights.items()])
-            typer.echo(f"{alias} -> {now}" + (f" (before: {_targets_text(before)})" if before else ""))
+            return
+        before = client.set_alias(alias, weights)
+    now = [AliasTarget(name, weight) for name, weight in weights.items()]
+    if as_json:
+        print_json({"alias": alias, "targets": now, "previous_targets": before})
+    else:
+        typer.echo(f"{alias} -> {targets_text(now)}" + (f" (before: {targets_text(before)})" if before else ""))
+
+
+@app.command()
+def rollback(
+    alias: Annotated[str, typer.Argument(help="The alias whose last change is taken back.")],
+    as_json: JsonOption = False,
+    server: ServerOption = DEFAULT_SERVER,
+) -> None:
+    """Point an alias at what it pointed at before; a second time undoes the first."""
+    from loraplex.cli.adapter_text import targets_text
+    from loraplex.cli.output import print_json
+
+    with connect(server) as client:
+        targets = client.rollback_alias(alias)
+    if as_json:
+        print_json({"alias": alias, "targets": targets})
+    else:
+        typer.echo(f"{alias} -> {targets_text(targets)}")
 
 
 @app.command()
@@ -208,26 +321,6 @@ def report(
     typer.echo(f"{len(found.problems)} of {len(found.entries)} entries do not fit {found.base_fingerprint}", err=True)
 
 
-def _weights(targets: list[str]) -> dict[str, float]:
-    """Read `name` or `name=weight`."""
-    weights: dict[str, float] = {}
-    for target in targets:
-        name, _, weight = target.partition("=")
-        try:
-            weights[name] = float(weight or 1)
-        except ValueError as error:
-            raise typer.BadParameter(f"{weight!r} is not a number", param_hint="TARGETS") from error
-    return weights
-
-
-def _targets_text(targets: Sequence[AliasTarget]) -> str:
-    """Return targets with their shares, which a single one does not need."""
-    if len(targets) == 1:
-        return targets[0].name
-    total = sum(target.weight for target in targets)
-    return ", ".join(f"{target.name} ({target.weight / total:.1%})" for target in targets)
-
-
 def _show_registration(registration: Registration, as_json: bool) -> None:
     from loraplex.cli.output import print_json
 
@@ -236,36 +329,4 @@ def _show_registration(registration: Registration, as_json: bool) -> None:
         return
     adapter, before = registration.adapter, registration.previous_digest
     again = f", before: {before}" if before and before != adapter.digest else ""
-    typer.echo(f"registered {adapter.name} ({adapter.digest}, rank {adapter.rank}{again})")
-
-
-def _state(adapter: Adapter) -> str:
-    """Return where the weights are; a pinned adapter may still be on its way to the device."""
-    if adapter.pinned:
-        return "pinned" if adapter.resident else "pinned, loading"
-    return "resident" if adapter.resident else "stored"
-
-
-def _table(adapters: list[Adapter]) -> object:
-    from rich import box
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD)
-    # Folded, not cut off: names are typed in again.
-    for column in ("name", "aliases", "description"):
-        table.add_column(column, overflow="fold", min_width=10)
-    for column in ("digest", "rank", "size", "state", "active"):
-        table.add_column(column, no_wrap=True)
-    for adapter in adapters:
-        table.add_row(
-            escape(adapter.name),
-            escape(", ".join(adapter.aliases)),
-            escape(adapter.description),
-            adapter.digest.removeprefix("sha256:")[:8],
-            str(adapter.rank),
-            format_size(adapter.size_bytes),
-            _state(adapter),
-            str(adapter.active_requests),
-        )
-    return table
+    typer.echo(f"registered {adapter.name}@{adapter.version} ({adapter.digest}, rank {adapter.rank}{again})")

@@ -11,7 +11,7 @@ import typer
 from loraplex.cli.connection import DEFAULT_SERVER, JsonOption, ServerOption, TimeoutOption, connect
 
 if TYPE_CHECKING:
-    from loraplex.client import ChatMessage, Client, Generation, SamplingOptions
+    from loraplex.client import ChatMessage, Generation, GenerationStream
 
 _SAMPLING = "Sampling"
 MaxTokens = Annotated[int | None, typer.Option(help="Tokens to generate at most.", rich_help_panel=_SAMPLING)]
@@ -37,9 +37,12 @@ Choices = Annotated[int | None, typer.Option("-n", help="Independent answers.", 
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to answer; - reads it from standard input.")],
     adapter: Annotated[
-        str, typer.Option("--adapter", "-a", help="Adapter name, alias or name@sha256:...; none is the base model.")
+        str, typer.Option("--adapter", "-a", help="Adapter name or alias, or NAME@VERSION; none is the base model.")
     ] = "",
     scale: Annotated[float | None, typer.Option(help="Multiplies the adapter's own scaling.")] = None,
+    routing_key: Annotated[
+        str, typer.Option(help="Chooses between the targets of a weighted alias: equal keys get the same.")
+    ] = "",
     chat: Annotated[
         bool, typer.Option("--chat/--raw", help="Put the prompt into the chat template, or take it as it is.")
     ] = True,
@@ -93,10 +96,11 @@ def generate(
     begin = time.monotonic()
     with connect(server, timeout) as client:
         if as_json or (n or 1) > 1:
-            generation = client.generate(messages, adapter, scale, sampling=sampling)
+            generation = client.generate(messages, adapter, scale, sampling=sampling, routing_key=routing_key)
             _write(generation, as_json=as_json)
         else:
-            generation = _stream(client, messages, adapter, scale, sampling)
+            with client.stream(messages, adapter, scale, sampling=sampling, routing_key=routing_key) as stream:
+                generation = _write_pieces(stream)
     if verbose:
         _write_usage(generation, time.monotonic() - begin)
 
@@ -113,14 +117,11 @@ def _messages(text: str, system: str | None) -> list[ChatMessage]:
     return [*first, ChatMessage("user", text)]
 
 
-def _stream(
-    client: Client, prompt: str | list[ChatMessage], adapter: str, scale: float | None, sampling: SamplingOptions
-) -> Generation:
+def _write_pieces(stream: GenerationStream) -> Generation:
     """Write the pieces as they come; leaving early (Ctrl-C) cancels the call."""
-    with client.stream(prompt, adapter, scale, sampling=sampling) as stream:
-        for piece in stream:
-            typer.echo(piece.text, nl=False)
-        generation = stream.collect()
+    for piece in stream:
+        typer.echo(piece.text, nl=False)
+    generation = stream.collect()
     if not generation.text.endswith("\n"):
         typer.echo()
     return generation

@@ -26,7 +26,7 @@ def to_stdout() -> Console:
 
 
 def print_json(value: Any) -> None:
-    """Write a result (a dataclass, or a list of them) as JSON."""
+    """Write a result (a dataclass, or a list or dictionary of them) as JSON."""
 
     def plain(item: Any) -> Any:
         if dataclasses.is_dataclass(item) and not isinstance(item, type):

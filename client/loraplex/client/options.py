@@ -93,7 +93,7 @@ class RegistrationKeywords(TypedDict, total=False):
 
     tags: Sequence[str]
     owner: str
-    default_sampling: SamplingOptions
+    default_sampling: SamplingOptions | None
     expected_digest: str
 
 
