@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from loraplex.cli.adapter_alias import alias, rollback
 from loraplex.cli.adapter_options import (
     DescriptionOption,
     DigestOption,
@@ -15,7 +16,6 @@ from loraplex.cli.adapter_options import (
     SamplingOption,
     TagOption,
     read_sampling,
-    read_weights,
 )
 from loraplex.cli.connection import DEFAULT_SERVER, JsonOption, ServerOption, connect
 
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from loraplex.client import Registration
 
 app = typer.Typer(help="Register adapters on a running server and look after them.", no_args_is_help=True)
+
+app.command()(alias)
+app.command()(rollback)
 
 NewNameArgument = Annotated[str, typer.Argument(help="Adapter name; one that is registered gets a new version.")]
 
@@ -251,55 +254,6 @@ def unpin(name: NameArgument, as_json: JsonOption = False, server: ServerOption 
         print_json(adapter)
     else:
         typer.echo(f"unpinned {adapter.name} ({adapter.digest})")
-
-
-@app.command()
-def alias(
-    alias: Annotated[str, typer.Argument(help="The alias to make, move or delete.")],
-    targets: Annotated[
-        list[str] | None, typer.Argument(help="NAME or NAME@VERSION; several with weights: a@1=9 a@2=1")
-    ] = None,
-    delete: Annotated[bool, typer.Option("--delete", help="Take the alias away.")] = False,
-    as_json: JsonOption = False,
-    server: ServerOption = DEFAULT_SERVER,
-) -> None:
-    """Point an alias at a registered name, or at several with weights, in one step; or take it away."""
-    from loraplex.cli.adapter_text import targets_text
-    from loraplex.cli.output import print_json
-    from loraplex.client import AliasTarget
-
-    if delete == bool(targets):
-        raise typer.BadParameter("give either targets or --delete", param_hint="TARGETS")
-    weights = read_weights(targets or [])
-    with connect(server) as client:
-        if delete:
-            client.delete_alias(alias)
-            typer.echo(f"deleted the alias {alias}")
-            return
-        before = client.set_alias(alias, weights)
-    now = [AliasTarget(name, weight) for name, weight in weights.items()]
-    if as_json:
-        print_json({"alias": alias, "targets": now, "previous_targets": before})
-    else:
-        typer.echo(f"{alias} -> {targets_text(now)}" + (f" (before: {targets_text(before)})" if before else ""))
-
-
-@app.command()
-def rollback(
-    alias: Annotated[str, typer.Argument(help="The alias whose last change is taken back.")],
-    as_json: JsonOption = False,
-    server: ServerOption = DEFAULT_SERVER,
-) -> None:
-    """Point an alias at what it pointed at before; a second time undoes the first."""
-    from loraplex.cli.adapter_text import targets_text
-    from loraplex.cli.output import print_json
-
-    with connect(server) as client:
-        targets = client.rollback_alias(alias)
-    if as_json:
-        print_json({"alias": alias, "targets": targets})
-    else:
-        typer.echo(f"{alias} -> {targets_text(targets)}")
 
 
 @app.command()
