@@ -25,6 +25,7 @@ from loraplex.adapters.tensor_file import DTYPES
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 HEAD = "lm_head.weight"
+_TIED_BY_DEFAULT = ("gemma", "gemma2", "gpt2")
 _DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 _BLOCK_WEIGHT = re.compile(r"(?P<module>.+\.(?:layers|h)\.\d+\..+)\.weight")
 
@@ -76,7 +77,10 @@ class ModelFolder:
             found = {name if name == HEAD else prefix + name: tensor for name, tensor in found.items()}
         if quantization:
             found = _join_quantized(path, found, conv1d=config.get("model_type") == "gpt2")
-        return cls(path, config, found, files, quantization)
+        model = cls(path, config, found, files, quantization)
+        if model._stores_one_matrix_twice():
+            del found[HEAD]
+        return model
 
     @property
     def conv1d(self) -> bool:
@@ -97,6 +101,12 @@ class ModelFolder:
     def tied(self) -> bool:
         """Whether lm_head and the embedding are one matrix."""
         return HEAD not in self.tensors or self.embedding not in self.tensors
+
+    def _stores_one_matrix_twice(self) -> bool:
+        """Whether lm_head is there beside the embedding that it is; where the two differ, they are not tied."""
+        tied = self.config.get("tie_word_embeddings", self.config.get("model_type") in _TIED_BY_DEFAULT)
+        stored = {HEAD, self.embedding} <= self.tensors.keys()
+        return bool(tied) and stored and torch.equal(self.read(HEAD), self.read(self.embedding))
 
     def block_modules(self) -> frozenset[str]:
         """Return the linear modules of the decoder's blocks, which are what a server quantizes."""
@@ -125,15 +135,16 @@ class ModelFolder:
             conv1d=self.conv1d,
             parameters=self._parameters(),
             embedding=self.embedding,
-            tied=self.head_source == self.embedding,
+            tied=self.tied,
         )
 
     def _parameters(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of what is no linear weight; not of the masks and frequencies in old checkpoints."""
         linear = {HEAD, *(f"{name}.weight" for name in self.block_modules())}
+        tensors = {self.embedding: self.tensors[HEAD], **self.tensors} if HEAD in self.tensors else self.tensors
         return {
             name: tensor.shape
-            for name, tensor in self.tensors.items()
+            for name, tensor in tensors.items()
             if name not in linear and name.endswith((".weight", ".bias")) and len(tensor.shape) in (1, 2)
         }
 
