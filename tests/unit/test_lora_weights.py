@@ -78,12 +78,13 @@ def test_everything_lies_in_one_buffer_on_cache_lines(dtype: torch.dtype) -> Non
 
 def test_the_table_points_at_the_weights() -> None:
     packed = pack_adapter(adapter(q0=3, v0=2, o0=5), SITES, torch.float32, CPU)
-    assert packed.table.shape == (3, 2, 5)
+    assert packed.table.shape == (3, 2, 7)
     assert packed.extents.tolist() == [[10, 14], [8, 10], [0, 0]]
-    assert packed.table[2].tolist() == [[0] * 5] * 2
+    assert packed.table[2].tolist() == [[0] * 7] * 2
     for site, slices in enumerate(packed.sites):
         for position, s in enumerate(slices):
-            a, b_t, rank, start, width = (int(x) for x in packed.table[site, position])
+            a, b_t, rank, start, width, *vectors = (int(x) for x in packed.table[site, position])
+            assert vectors == [0, 0]
             assert (rank, start, width) == (s.rank, s.start, s.end - s.start)
             assert ctypes.c_float.from_address(a).value == s.a[0, 0].item()
             assert ctypes.c_float.from_address(b_t).value == s.b_t[0, 0].item()

@@ -62,6 +62,12 @@ class SiteChanges:
     scaled_bias: torch.Tensor | None = None
     bias: torch.Tensor | None = None
 
+    @property
+    def beyond_slices(self) -> SiteChanges | None:
+        """What is left without factors and bias on B, which belong to slices of A and B; None if nothing is."""
+        left = self.columns or self.rows or self.bias is not None
+        return replace(self, factors=None, scaled_bias=None) if left else None
+
     def moved(self, memory: torch.Tensor) -> SiteChanges:
         """Return the same in a copy of the adapter's memory."""
         return replace(

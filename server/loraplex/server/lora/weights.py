@@ -16,7 +16,7 @@ import torch
 from loraplex.server.lora.buffer import moved
 from loraplex.server.lora.changes import EmbeddingChanges, ReplacedNorm, SiteChanges
 
-TABLE_FIELDS = 5
+TABLE_FIELDS = 7
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,9 @@ class PackedAdapter:
     an adapter without weights).
 
     `table` and `extents` say the same to code that reads the weights by address:
-        table: (sites, max slices, 5) int64: address of a, address of b_t, rank, start, width; rank 0 is no slice.
+        table: (sites, max slices, 7) int64: address of a, address of b_t, rank, start, width, and the addresses of the
+            slice's factors and of its bias on B, 0 where it has none; rank 0 is no slice.
+        beyond_table: what remains of `changes` where the table is used.
         extents: (sites, 2) int64: in_features and the largest end; zeros where the site is untouched.
     """
 
@@ -74,6 +76,7 @@ class PackedAdapter:
     embedding: EmbeddingChanges | None = None
     norms: Mapping[str, ReplacedNorm] = field(default_factory=dict)
     table: npt.NDArray[np.int64] = field(init=False, repr=False, compare=False)
+    beyond_table: Mapping[int, SiteChanges] = field(init=False, repr=False, compare=False)
     extents: npt.NDArray[np.int64] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -82,12 +85,22 @@ class PackedAdapter:
         extents = np.zeros((len(self.sites), 2), dtype=np.int64)
         for index, slices in enumerate(self.sites):
             for position, s in enumerate(slices):
-                table[index, position] = (s.a.data_ptr(), s.b_t.data_ptr(), s.rank, s.start, s.end - s.start)
+                row = (s.a.data_ptr(), s.b_t.data_ptr(), s.rank, s.start, s.end - s.start)
+                table[index, position] = (*row, *self._vectors_at(index, s.start))
                 extents[index] = (s.a.shape[1], max(extents[index, 1], s.end))
         for index, site in self.changes.items():
             extents[index] = (site.in_features, site.out_features)
         object.__setattr__(self, "table", table)
         object.__setattr__(self, "extents", extents)
+        rest = {index: site.beyond_slices for index, site in self.changes.items()}
+        beyond = {index: site for index, site in rest.items() if site is not None}
+        object.__setattr__(self, "beyond_table", beyond)
+
+    def _vectors_at(self, site: int, start: int) -> tuple[int, int]:
+        changes = self.changes.get(site)
+        vectors = (None, None) if changes is None else (changes.factors, changes.scaled_bias)
+        factors, bias = (0 if v is None else v.data_ptr() + v.itemsize * start for v in vectors)
+        return factors, bias
 
     @property
     def dtype(self) -> torch.dtype:

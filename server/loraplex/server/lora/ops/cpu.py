@@ -1,6 +1,7 @@
 """The LoRA operator for CPUs: a compiled kernel for short segments, torch's matrix products for long ones.
 
-What few adapters do beside A and B (`SiteChanges`) is left to torch; a step without such adapters asks once a site.
+Of what few adapters do beside A and B (`SiteChanges`) the kernel does what belongs to a slice, DoRA's factors and the
+bias on B; the rest is left to torch. A step without such adapters asks once a site.
 """
 
 from __future__ import annotations
@@ -33,14 +34,17 @@ MIN_TOKENS_APART = 8
 _CALL = struct.Struct(f"{kernel.CALL_FIELDS}q{kernel.COUNTER_BYTES}x")
 _NOTHING = (0, 0)
 
+# By site, the segments in which adapters change it, and how.
+SiteRanges = tuple[tuple[tuple[Segment, SiteChanges], ...], ...]
+
 
 @dataclass(frozen=True)
 class _Prepared:
     """One step's segments. `kept` owns the memory that `arguments` points into, adapters included.
 
     `extents` is per site the (in_features, smallest out_features) that the adapters need, (0, 0) where there is nothing
-    to do; `end` is the end of the last segment; `run` is None where no segment is short. `changes` is by site; empty
-    where no adapter has any.
+    to do; `end` is the end of the last segment; `run` is None where no segment is short. `changes` is by site, and ends
+    with the last site that has any.
     """
 
     run: Kernel | None
@@ -51,7 +55,7 @@ class _Prepared:
     long: tuple[tuple[Segment, PackedAdapter], ...]
     extents: tuple[tuple[int, int], ...]
     end: int
-    changes: tuple[tuple[tuple[Segment, SiteChanges], ...], ...]
+    changes: SiteRanges
 
 
 class CpuLoraOps:
@@ -97,7 +101,7 @@ class CpuLoraOps:
         if not in_features:
             return
         _check(y, x, in_features, out_features, step.end)
-        changes = step.changes[site] if step.changes else ()
+        changes = step.changes[site] if site < len(step.changes) else ()
         for segment, change in changes:
             change_output(y, x, segment, change)
         if x.dtype is not torch.float32:
@@ -180,18 +184,17 @@ def _extents(adapters: Sequence[PackedAdapter]) -> tuple[tuple[int, int], ...]:
     return tuple(map(tuple, np.maximum.reduce([adapter.extents for adapter in adapters]).tolist()))
 
 
-def _changes(
-    chosen: Sequence[tuple[Segment, PackedAdapter]],
-) -> tuple[tuple[tuple[Segment, SiteChanges], ...], ...]:
-    """Return per site the segments whose adapters change it, and how."""
-    changing = [(segment, adapter) for segment, adapter in chosen if adapter.changes]
-    if not changing:
+def _changes(chosen: Sequence[tuple[Segment, PackedAdapter]]) -> SiteRanges:
+    """Return per site the segments in which torch has something to do, and what: not what the kernel does itself."""
+    ranges = []
+    for segment, adapter in chosen:
+        changes = adapter.beyond_table if _is_short(segment, adapter) else adapter.changes
+        if changes:
+            ranges.append((segment, changes))
+    if not ranges:
         return ()
-    sites = range(max(len(adapter.sites) for _, adapter in changing))
-    return tuple(
-        tuple((segment, adapter.changes[site]) for segment, adapter in changing if site in adapter.changes)
-        for site in sites
-    )
+    sites = range(1 + max(max(changes) for _, changes in ranges))
+    return tuple(tuple((segment, changes[site]) for segment, changes in ranges if site in changes) for site in sites)
 
 
 def _check(y: torch.Tensor, x: torch.Tensor, in_features: int, out_features: int, end: int) -> None:

@@ -39,8 +39,8 @@ START, COUNT, TABLE, SLICES = range(4)
 SEGMENT_FIELDS = 4
 
 # One slice in PackedAdapter.table.
-A, B_T, RANK, COLUMN, WIDTH = range(5)
-SLICE_FIELDS = 5
+A, B_T, RANK, COLUMN, WIDTH, FACTORS, SCALED_BIAS = range(7)
+SLICE_FIELDS = 7
 
 # A thread's scratch holds, in float32: SUMS sums (16 KiB, half of a first-level cache), then x A^T (tokens, rank).
 SUMS = 4096
@@ -74,6 +74,29 @@ def _add_sums(y: Pointer, at: int, sums: Pointer, token: int, scale: Float32, n:
 
 
 @compiled
+def _add_to_scaled(y: Pointer, at: int, sums: Pointer, token: int, scale: Float32, n: int, factors: Pointer) -> None:
+    for i in range(n):
+        y[at + i] = narrow(widen(y[at + i]) * factors[i] + scale * sums[token + i], y[at + i])
+
+
+@compiled
+def _add_bias(sums: Pointer, token: int, bias: Pointer, n: int) -> None:
+    for i in range(n):
+        sums[token + i] += bias[i]
+
+
+@compiled
+def _write(y: Pointer, at: int, sums: Pointer, token: int, scale: Float32, n: int, s: Pointer, column: int) -> None:
+    """Add scale * sums[token:] to n numbers of y, the slice's from `column` on, with what else changes there."""
+    if s[SCALED_BIAS]:
+        _add_bias(sums, token, f32_at(s[SCALED_BIAS] + 4 * column), n)
+    if s[FACTORS]:
+        _add_to_scaled(y, at, sums, token, scale, n, f32_at(s[FACTORS] + 4 * column))
+    else:
+        _add_sums(y, at, sums, token, scale, n)
+
+
+@compiled
 def _expand_tile(b: Pointer, b_at: int, width: int, h: Pointer, rank: int, tokens: int, sums: Pointer, n: int) -> None:
     """Set sums[t, :n] = sum over r of h[t, r] * b[r, :n]; b's rows are `width` long, those of sums `n`."""
     fill(sums, 0, np.float32(0), tokens * n)
@@ -91,7 +114,7 @@ def _expand_tile(b: Pointer, b_at: int, width: int, h: Pointer, rank: int, token
 
 @compiled
 def _expand(p: Pointer, segment: Pointer, s: Pointer, b: Pointer, scale: Float32, scratch: int) -> None:
-    """Add scale * hidden b to y for all tokens of the segment."""
+    """Add scale * hidden b to y for all tokens of the segment, after DoRA's factors or with a bias on B."""
     width, tokens, column = s[WIDTH], segment[COUNT], 0
     sums, hidden = f32_at(scratch), f32_at(scratch + 4 * SUMS)
     while column < width:
@@ -100,9 +123,9 @@ def _expand(p: Pointer, segment: Pointer, s: Pointer, b: Pointer, scale: Float32
         for t in range(tokens):
             at = (segment[START] + t) * p[Y_STRIDE] + s[COLUMN] + column
             if p[Y_IS_BF16]:
-                _add_sums(u16_at(p[Y]), at, sums, t * n, scale, n)
+                _write(u16_at(p[Y]), at, sums, t * n, scale, n, s, column)
             else:
-                _add_sums(f32_at(p[Y]), at, sums, t * n, scale, n)
+                _write(f32_at(p[Y]), at, sums, t * n, scale, n, s, column)
         column += n
 
 
