@@ -45,6 +45,7 @@ class BaseParameters:
         tables: the shapes of the embedding and of learned positions, by parameter name.
         embedding, positions: which of them is which; `positions` None where there are none.
         stored_across: names of the weights that the checkpoint has as (in, out).
+        table: the embedding itself, (vocab, hidden); None where it is not known.
         factors: DoRA's, of adapters on this base.
     """
 
@@ -56,4 +57,5 @@ class BaseParameters:
     embedding: str
     positions: str | None = None
     stored_across: Collection[str] = frozenset()
+    table: torch.Tensor | None = None
     factors: FactorCache = field(default_factory=FactorCache)

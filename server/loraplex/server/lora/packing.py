@@ -12,6 +12,7 @@ import torch
 from loraplex.adapters.binding import BoundAdapter
 from loraplex.server.lora.base import BaseParameters
 from loraplex.server.lora.buffer import Buffer
+from loraplex.server.lora.copies import without_copies
 from loraplex.server.lora.embedding_packing import EmbeddingPacker
 from loraplex.server.lora.norm_packing import changed_norms
 from loraplex.server.lora.site_packing import SitePacker
@@ -29,8 +30,9 @@ def pack_adapter(
 ) -> PackedAdapter:
     """Copy `bound` into one block of memory on `device`, arranged by site.
 
-    Scalings, and DoRA's factors, are folded into B in float32, before the one rounding to `dtype`. `base` may be left
-    out for plain LoRA. From `pinned` memory (of the CPU) a GPU copies beside its other work.
+    Scalings, and DoRA's factors, are folded into B in float32, before the one rounding to `dtype`. Copies of the base's
+    own embedding and lm_head are left out. `base` may be left out for plain LoRA. From `pinned` memory (of the CPU) a
+    GPU copies beside its other work.
 
     Raises:
         ValueError: if a part of the adapter has no place in the model (it would silently have no effect), if its shapes
@@ -58,6 +60,7 @@ class _Packing:
     def __init__(
         self, bound: BoundAdapter, sites: Sequence[LinearSite], dtype: torch.dtype, base: BaseParameters | None
     ) -> None:
+        bound = bound if base is None else without_copies(bound, sites, base)
         self._bound = bound
         self._sites = [SitePacker(bound, index, site, dtype, base) for index, site in enumerate(sites)]
         self._embedding = None if base is None else EmbeddingPacker(bound, dtype, base)

@@ -157,6 +157,7 @@ class DecoderBuilder:
             embedding=layout.embedding,
             positions=layout.positions,
             stored_across=across if layout.names.conv1d else (),
+            table=self._vectors[layout.embedding],
         )
 
     def _make_embeddings(self) -> bool:
