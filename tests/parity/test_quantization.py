@@ -14,7 +14,8 @@ from loraplex.server.models.four_bit import FourBitMatrix
 from loraplex.server.models.four_bit_fused import FusedFourBitLinear, fused_available, repack
 from loraplex.server.models.int8 import DynamicInt8Linear, Int8Matrix, dynamic_int8_available
 from loraplex.server.models.linear import Linear, StackedLinear
-from loraplex.server.models.quantization import from_prequantized, make_linear
+from loraplex.server.models.panel_linear import PanelLinear, RoundedPanelLinear, panels_available
+from loraplex.server.models.quantization import from_prequantized, make_head, make_linear
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -156,8 +157,7 @@ def test_the_fused_kernel_on_cpus_that_have_it(bnb, kind: str, shape: tuple[int,
     if not bnb.functional.has_avx512bf16():
         pytest.skip("this CPU has no AVX512-BF16")
     assert fused_available(kind), "bitsandbytes' fused kernel is there, but failed its check"
-    linear = make_linear(random_weights([shape]), kind, torch.bfloat16, CPU, "packed")
-    assert isinstance(linear, FusedFourBitLinear)
+    linear = FusedFourBitLinear(FourBitMatrix.quantize(random_weights([shape])[0], kind))
     values = linear.dequantize()
     for rows in (1, 4, 33):
         x = torch.randn(rows, shape[1]).to(torch.bfloat16)
@@ -170,9 +170,15 @@ def test_the_fused_kernel_on_cpus_that_have_it(bnb, kind: str, shape: tuple[int,
 def test_integer_products_on_cpus_that_have_them() -> None:
     if not torch.cpu._is_vnni_supported() or torch.backends.cpu.get_cpu_capability() != "AVX512":
         pytest.skip("this CPU has no AVX512-VNNI")
-    assert dynamic_int8_available(), "the CPU has VNNI, but the integer product failed its check"
-    linear = make_linear(random_weights([(960, 576)]), "int8", torch.bfloat16, CPU, "packed")
-    assert isinstance(linear, DynamicInt8Linear)
+    assert dynamic_int8_available(), "the CPU has VNNI, but torch's integer product failed its check"
+    for kind in ("nf4", "fp4", "int8"):
+        assert panels_available(kind), "the CPU has VNNI, but the integer product failed its check"
+        linear = make_linear(random_weights([(960, 576)]), kind, torch.bfloat16, CPU, "packed")
+        assert isinstance(linear, PanelLinear)
+    weight = random_weights([(96, 64)])[0]
+    assert isinstance(make_head(weight, "nf4", torch.bfloat16, CPU, "packed"), RoundedPanelLinear)
+    for quantization, dtype in (("none", torch.bfloat16), ("nf4", torch.float32)):
+        assert torch.equal(make_head(weight, quantization, dtype, CPU, "packed").dequantize(), weight)
 
 
 @pytest.mark.slow

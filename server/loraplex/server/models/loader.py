@@ -31,6 +31,7 @@ from loraplex.server.models.quantization import (
     Linear,
     choose_weight_execution,
     from_prequantized,
+    make_head,
     make_linear,
 )
 from loraplex.server.models.source import resolve_model
@@ -76,8 +77,9 @@ def load_model(
 ) -> LoadedModel:
     """Load `model`: a Hugging Face folder, a .gguf file, or a hub id.
 
-    The weights of the layers are quantized as they are read; embeddings and lm_head are not, as in bitsandbytes. Memory
-    peaks near one file of the checkpoint plus the result.
+    The weights of the layers are quantized as they are read; embeddings and lm_head are not, as in bitsandbytes (beside
+    quantized layers a CPU may hold lm_head rounded to 13 bits a weight, see `make_head`). Memory peaks near one file of
+    the checkpoint plus the result.
 
     Args:
         model: where it is.
@@ -145,8 +147,7 @@ def _packer(
             return from_prequantized(weights, dtype, device, execution)
         matrices = [weight["weight"] for weight in weights]
         if site == LM_HEAD:
-            # In bfloat16, logits of 16 to 32 lie 0.125 apart, and the best two would often be equal.
-            return make_linear(matrices, "none", activation_dtype(dtype, device), device)
+            return make_head(matrices[0], kind, dtype, device, execution)
         # An unquantized layer of a quantized checkpoint was left alone on purpose.
         return make_linear(matrices, "none" if prequantized else kind, dtype, device, execution)
 

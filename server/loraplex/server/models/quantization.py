@@ -5,8 +5,11 @@ bitsandbytes defines what quantized weights stand for, and it is imported only w
 | quantization | CPU, float32            | CPU, bfloat16                   | GPU                               |
 |--------------|-------------------------|---------------------------------|-----------------------------------|
 | none         | oneDNN's blocked layout | torch                           | torch                             |
-| nf4, fp4     | exact: dequantized      | fused kernel, or exact          | bitsandbytes' kernels             |
-| int8         | exact: dequantized      | 2 x 8-bit activations, or exact | 8-bit activations; float32: exact |
+| nf4, fp4     | exact: dequantized      | panels, fused kernel, or exact  | bitsandbytes' kernels             |
+| int8         | exact: dequantized      | panels, 2 x 8 bits, or exact    | 8-bit activations; float32: exact |
+
+"Panels" are the products of 16-bit integers of `panel_linear`, on CPUs with AVX512-VNNI; "fused kernel" and "2 x 8
+bits" are what is left where those fail their check. lm_head stays unquantized; see `make_head`.
 """
 
 from __future__ import annotations
@@ -17,11 +20,19 @@ import torch
 
 from loraplex.server.errors import ModelLoadError
 from loraplex.server.models import four_bit, int8
+from loraplex.server.models.compute_dtype import activation_dtype
 from loraplex.server.models.four_bit import FourBitMatrix
-from loraplex.server.models.four_bit_fused import FusedFourBitLinear, fits
+from loraplex.server.models.four_bit_fused import FusedFourBitLinear, fits, fused_available
 from loraplex.server.models.four_bit_gpu import GpuFourBitLinear
 from loraplex.server.models.int8 import DynamicInt8Linear, Int8Matrix
 from loraplex.server.models.linear import Linear, StackedLinear, dense_linear, product_dtype
+from loraplex.server.models.panel_linear import (
+    FourBitPanelLinear,
+    Int8PanelLinear,
+    RoundedPanelLinear,
+    fits_panels,
+    panels_available,
+)
 from loraplex.server.models.quantized_linear import DequantizedLinear, OnTheFlyLinear, QuantizedMatrix
 from loraplex.server.models.weight_execution import QUANTIZATIONS, choose_weight_execution, has_kernel
 
@@ -30,6 +41,7 @@ __all__ = [
     "Linear",
     "choose_weight_execution",
     "from_prequantized",
+    "make_head",
     "make_linear",
 ]
 
@@ -65,6 +77,27 @@ def make_linear(
     if quantization == "int8":
         return _int8_linear([Int8Matrix.quantize(weight) for weight in moved], dtype, execution)
     return _four_bit_linear([FourBitMatrix.quantize(weight, quantization) for weight in moved], dtype, execution)
+
+
+def make_head(
+    weight: torch.Tensor, quantization: str, dtype: torch.dtype, device: torch.device, weight_execution: str
+) -> Linear:
+    """Return the product with lm_head's unquantized `weight` (vocab, in); the logits are in the activations' dtype.
+
+    In bfloat16, logits of 16 to 32 lie 0.125 apart, and the best two would often be equal. Beside quantized layers in
+    panels, lm_head is in panels too, rounded to 13 bits a weight: a mean KL of 2e-6 nats. Otherwise it is exact.
+
+    Args:
+        weight: in any float dtype.
+        quantization: of the layers.
+        dtype: that products are computed in.
+        device: where the product runs.
+        weight_execution: "packed" or "dequantized", as for the layers.
+    """
+    rounded = quantization != "none" and weight_execution == "packed" and dtype == torch.bfloat16
+    if rounded and device.type == "cpu" and panels_available("int16"):
+        return RoundedPanelLinear(weight)
+    return dense_linear(_stacked([weight], activation_dtype(dtype, device), device))
 
 
 def from_prequantized(
@@ -113,7 +146,9 @@ def _one_four_bit(matrix: FourBitMatrix, dtype: torch.dtype, execution: str) -> 
     if execution == "packed" and has_kernel(matrix.kind, dtype, device):
         if device.type != "cpu" and matrix.rows_are_whole:
             return GpuFourBitLinear(matrix)
-        if device.type == "cpu" and fits(matrix):
+        if device.type == "cpu" and panels_available(matrix.kind) and fits_panels(matrix):
+            return FourBitPanelLinear(matrix)
+        if device.type == "cpu" and fused_available(matrix.kind) and fits(matrix):
             return FusedFourBitLinear(matrix)
     return _dequantizing(matrix, dtype, device, execution)
 
@@ -122,6 +157,8 @@ def _int8_linear(matrices: Sequence[Int8Matrix], dtype: torch.dtype, execution: 
     matrix = int8.join(matrices)
     device = matrix.codes.device
     if execution == "packed" and has_kernel("int8", dtype, device):
+        if device.type == "cpu" and panels_available("int8"):
+            return Int8PanelLinear(matrix)
         return DynamicInt8Linear(matrix)
     return _dequantizing(matrix, dtype, device, execution)
 

@@ -11,6 +11,7 @@ from loraplex.server.errors import ModelLoadError
 from loraplex.server.models.four_bit_fused import fused_available
 from loraplex.server.models.int8 import dynamic_int8_available
 from loraplex.server.models.linear import product_dtype
+from loraplex.server.models.panel_linear import panels_available
 
 QUANTIZATIONS = ("none", "nf4", "fp4", "int8")
 WEIGHT_EXECUTIONS = ("auto", "packed", "dequantized")
@@ -67,7 +68,9 @@ def has_kernel(quantization: str, dtype: torch.dtype, device: torch.device) -> b
         return quantization != "int8" or dtype != torch.float32
     if dtype != torch.bfloat16:
         return False
-    return dynamic_int8_available() if quantization == "int8" else fused_available(quantization)
+    if quantization == "int8":
+        return panels_available("int8") or dynamic_int8_available()
+    return panels_available(quantization) or fused_available(quantization)
 
 
 def available_memory(meminfo: Path = _MEMINFO, cgroup: Path = _CGROUP) -> int:
