@@ -112,6 +112,16 @@ _LLAMA: Sequence[PeftFormat] = (
     PeftFormat(
         "dora-everything", {"target_modules": "all-linear", "use_dora": True, "use_rslora": True, "bias": "all"}
     ),
+    PeftFormat(
+        "dora-and-more",
+        {
+            "target_modules": _QV,
+            "use_dora": True,
+            **_PATTERNS,
+            "modules_to_save": ["norm"],
+            "trainable_token_indices": [9],
+        },
+    ),
     PeftFormat("dora-head", {"target_modules": ["q_proj", "lm_head"], "use_dora": True}),
     PeftFormat("alora", {"target_modules": _QV, "alora_invocation_tokens": list(INVOCATION)}),
     PeftFormat("alora-bias", {"target_modules": _QV, "alora_invocation_tokens": list(INVOCATION), "lora_bias": True}),
@@ -124,6 +134,7 @@ _LLAMA: Sequence[PeftFormat] = (
     PeftFormat("head-tied", {"target_modules": ["q_proj", "lm_head"], "ensure_weight_tying": True}),
     PeftFormat("copies", {"target_modules": _QV}, {"save_embedding_layers": True}),
     PeftFormat("saved-embedding", {"target_modules": _QV, "modules_to_save": ["embed_tokens"]}),
+    PeftFormat("saved-embedding-head", {"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["embed_tokens"]}),
     PeftFormat("saved-head", {"target_modules": _QV, "modules_to_save": ["lm_head"]}),
     PeftFormat("saved-both", {"target_modules": _QV, "modules_to_save": ["lm_head", "model.embed_tokens"]}),
     PeftFormat("saved-norms", {"target_modules": _QV, "modules_to_save": ["norm"]}),

@@ -119,6 +119,11 @@ def test_huge_header(tmp_path: Path) -> None:
     assert "header of 1099511627776 bytes" in str(refusal(tmp_path))
 
 
+def test_more_tensors_than_any_adapter_has(tmp_path: Path) -> None:
+    weights = {f"{Q0}.{number}.lora_A.weight": torch.zeros(1, 1) for number in range(20_001)}
+    assert "has 20001 tensors, so it is no adapter" in str(refusal(write_adapter(tmp_path, weights=weights)))
+
+
 def test_headers_that_lie(tmp_path: Path) -> None:
     """Tensors that overlap, tensors beyond the end of the file, and one name twice."""
     path = write_adapter(tmp_path) / "adapter_model.safetensors"

@@ -16,6 +16,9 @@ from loraplex.adapters.patterns import pattern_problem
 from loraplex.adapters.spec import ALL_LINEAR, AdapterSpec
 
 MAX_RANK = 65536
+# Names or patterns in one key: every one is compared with every module. The largest models have some 1,000 modules.
+MAX_NAMES = 4096
+MAX_SAVED_MODULES = 256
 _MAX_TOKEN = 2**31 - 1
 
 # Keys that leave the result of a forward pass as it is: bookkeeping, training, or how the matrices were first filled.
@@ -216,6 +219,9 @@ class _Reader:
         if not isinstance(value, dict) or not all(accepts(v) for v in value.values()):
             self._refuse(key, f"must map module names or regular expressions to {kind}")
             return {}
+        if len(value) > MAX_NAMES:
+            self._refuse(key, f"has {len(value)} patterns; {MAX_NAMES} are the most")
+            return {}
         for pattern in value:
             self._check_pattern(key, pattern, rf"(.*\.)?({pattern})")
         return value
@@ -228,8 +234,8 @@ class _Reader:
             return value
         if value is None:
             return None
-        if not _is_list(value, str):
-            self._refuse(key, "must be a list of module names or a regular expression")
+        if not _is_list(value, str) or len(value) > MAX_NAMES:
+            self._refuse(key, f"must be a list of at most {MAX_NAMES} module names, or a regular expression")
             return None
         return tuple(value)
 
@@ -237,8 +243,8 @@ class _Reader:
         """Read a list of names that PEFT puts into the expression `used_as` as they are."""
         value = self._config.get(key) or []
         names = [value] if single and isinstance(value, str) else value
-        if not _is_list(names, str) or not all(names):
-            self._refuse(key, "must be a list of names")
+        if not _is_list(names, str) or not all(names) or len(names) > MAX_SAVED_MODULES:
+            self._refuse(key, f"must be a list of at most {MAX_SAVED_MODULES} names")
             return ()
         for name in names:
             self._check_pattern(key, name, used_as.replace("{}", name))

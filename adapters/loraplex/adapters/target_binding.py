@@ -30,11 +30,9 @@ def check_targets(adapter: Adapter, base: BaseModel, naming: Naming) -> list[Bin
     for module in sorted(adapted & {*linear, embedding} - wanted):
         tied = module == naming.head and base.tied and spec.ensure_weight_tying
         if spec.excludes(module) or (spec.target_modules is not None and not tied):
-            keys = [
-                pair.a_key for pairs in (adapter.pairs, adapter.embeddings) for p, pair in pairs.items() if p == module
-            ]
+            pair = adapter.pairs.get(module) or adapter.embeddings[module]
             problem = "belongs to a module that the config does not target, so that PEFT would leave it out"
-            entries += [BindEntry(key, naming.to_base(module), problem=problem) for key in keys]
+            entries.append(BindEntry(pair.a_key, naming.to_base(module), problem=problem))
     without = _names_without(adapter, {*linear, embedding}, adapted)
     problem = "is named in target_modules, but no tensor belongs to it; train it or take it out of the list"
     entries += [BindEntry(name, problem=problem) for name in without]

@@ -19,6 +19,8 @@ from loraplex.adapters.folder import WEIGHTS_FILE
 
 # The header of an adapter is some kilobytes of JSON; safetensors itself would parse up to 100 MB of it.
 MAX_HEADER_BYTES = 16 << 20
+# The largest adapters have some 5,000; each is looked at by name several times.
+MAX_TENSORS = 20_000
 _LENGTH_BYTES = 8
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
@@ -57,6 +59,8 @@ def read_tensors(content: bytearray, path: Path) -> dict[str, torch.Tensor]:
         with safe_open(str(path), framework="pt"):
             header = json.loads(header_of(content))
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        if len(entries) > MAX_TENSORS:
+            raise AdapterFormatError.of(WEIGHTS_FILE, f"has {len(entries)} tensors, so it is no adapter")
         _check_types(entries)
         start = _LENGTH_BYTES + header_bytes
         tensors = {
