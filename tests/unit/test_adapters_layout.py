@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loraplex.adapters.binding import BoundAdapter, bind
-from loraplex.adapters.errors import CorruptStoreError
+from loraplex.adapters.errors import AdapterFormatError, CorruptStoreError
 from loraplex.adapters.folder import WEIGHTS_FILE
 from loraplex.adapters.formats import read_adapter
 from loraplex.adapters.intake import Intake
@@ -129,6 +129,40 @@ def test_swapped_tensors_and_a_changed_config_are_noticed(registry: AdapterRegis
     config.write_text(config.read_text().replace('"lora_alpha": 8', '"lora_alpha": 9'))
     with pytest.raises(CorruptStoreError, match="have changed"):
         registry.load(other)
+
+
+def test_registering_by_a_known_layout_checks_and_writes_down_the_same(
+    registry: AdapterRegistry, tmp_path: Path
+) -> None:
+    first = registry.register("first", str(write_adapter(tmp_path / "source" / "first", seed=1))).record
+    folder = write_adapter(tmp_path / "source" / "second", seed=2)
+    second = registry.register("second", str(folder)).record
+    assert second.digest == read_adapter(folder).digest != first.digest
+    assert (second.rank, second.target_modules, second.size_bytes, second.traits) == (
+        first.rank,
+        first.target_modules,
+        first.size_bytes,
+        first.traits,
+    )
+    weights = tensors(tiny_base(), seed=3)
+    bad = sorted(weights)[-1]
+    weights[bad][0, 0] = float("nan")
+    with pytest.raises(AdapterFormatError, match="NaN") as caught:
+        registry.register("third", str(write_adapter(tmp_path / "source" / "third", weights=weights)))
+    assert [violation.field for violation in caught.value.violations] == [bad]
+
+
+def test_a_config_that_fits_the_base_no_more_is_damage_and_mended_by_registering_again(
+    registry: AdapterRegistry, tmp_path: Path
+) -> None:
+    folder = write_adapter(tmp_path / "source" / "a")
+    digest = register(registry, folder)
+    config = registry.folder(digest) / "adapter_config.json"
+    config.write_text(config.read_text().replace('"v_proj"', '"k_proj"'))
+    with pytest.raises(CorruptStoreError, match="have changed"):
+        registry.load(digest)
+    assert register(registry, folder) == digest
+    assert registry.load(digest).digest == digest
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "gone"])

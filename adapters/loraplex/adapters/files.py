@@ -31,6 +31,6 @@ class AdapterFiles:
         return cls(config, template, read_weights_file(require_weights(folder)))
 
     @cached_property
-    def layout_key(self) -> tuple[bytes, str | None, bytes]:
+    def layout_key(self) -> tuple[bytes, str | None, int, bytes]:
         """Everything but the numbers: adapters with equal keys differ in their numbers only."""
-        return self.config, self.chat_template, header_of(self.weights)
+        return self.config, self.chat_template, len(self.weights), header_of(self.weights)

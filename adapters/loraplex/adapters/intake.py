@@ -15,14 +15,13 @@ from pathlib import Path
 
 from loraplex.adapters.binding import BaseModel, BindEntry, BindError, BindReport, BoundAdapter, bind
 from loraplex.adapters.directory import Version
-from loraplex.adapters.disk import disk_full_is_typed
+from loraplex.adapters.disk import disk_full_is_typed, sync_folder
 from loraplex.adapters.errors import CorruptStoreError, NotFoundError, PreconditionError
 from loraplex.adapters.files import AdapterFiles
 from loraplex.adapters.folder import WEIGHTS_FILE, copy_adapter
-from loraplex.adapters.formats import Adapter, parse_adapter, read_adapter
+from loraplex.adapters.formats import Adapter, parse_adapter
 from loraplex.adapters.layout import Layout, Layouts
 from loraplex.adapters.store import BlobStore
-from loraplex.adapters.traits import AdapterTraits
 
 KEPT_REPORTS = 100
 
@@ -33,6 +32,15 @@ class Candidate:
 
     staged: Path
     version: Version
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """An adapter that can be served, with what of it is written down with its version."""
+
+    bound: BoundAdapter
+    rank: int
+    target_modules: tuple[str, ...]
 
 
 class Intake:
@@ -58,12 +66,14 @@ class Intake:
         with disk_full_is_typed("taking in an adapter"), self._store.staging() as staged:
             with self._refusals_kept():
                 copy_adapter(folder, staged)
-                adapter = read_adapter(staged)
-                bound = bind(adapter, self._base)
-            if expected_digest and adapter.digest != expected_digest:
-                raise PreconditionError(f"the adapter is {adapter.digest}, not the expected {expected_digest}")
+                checked = self._checked(AdapterFiles.read(staged), staged)
+            digest = checked.bound.digest
+            if expected_digest and digest != expected_digest:
+                raise PreconditionError(f"the adapter is {digest}, not the expected {expected_digest}")
+            # Here, beside other registrations: `put` is called by one at a time, and finds nothing left to wait for.
+            sync_folder(staged)
             size_bytes = (staged / WEIGHTS_FILE).stat().st_size
-            yield Candidate(staged, self._version(adapter, bound.traits, size_bytes, source))
+            yield Candidate(staged, self._version(checked, size_bytes, source))
 
     def load(self, digest: str) -> BoundAdapter:
         """Read `digest` from the store, check that it is what was stored, and bind it.
@@ -73,26 +83,22 @@ class Intake:
             CorruptStoreError: the files are not what the digest says.
             BindError: the adapter does not fit the base.
         """
-        files = self._files(digest)
-        layout = self._layouts.find(files)
-        if layout is not None:
-            _require(digest, layout.digest(files))
-            return layout.bound(files, digest)
-        adapter = self._parse(files, digest)
-        bound = bind(adapter, self._base)
-        layout = Layout.of(files, adapter.canonical_form, bound)
-        if layout is not None:
-            self._layouts.add(files, layout)
-        return replace(bound, layout=layout)
+        folder = self._store.folder(digest)
+        try:
+            return self._checked(AdapterFiles.read(folder), folder, digest).bound
+        except BindError:
+            raise  # the files are what the digest says
+        except (PreconditionError, OSError) as error:
+            raise CorruptStoreError(f"the stored weights of {digest} cannot be read: {error}") from error
 
     def is_damaged(self, digest: str) -> bool:
         """Say whether the store has `digest`, but with another content."""
         try:
-            self._parse(self._files(digest), digest)
-        except NotFoundError:
-            return False
+            self.load(digest)
         except CorruptStoreError:
             return True
+        except (NotFoundError, BindError):
+            return False
         return False
 
     def report(self, report_id: str) -> BindReport:
@@ -109,20 +115,26 @@ class Intake:
             )
         return report
 
-    def _files(self, digest: str) -> AdapterFiles:
-        folder = self._store.folder(digest)
-        try:
-            return AdapterFiles.read(folder)
-        except (PreconditionError, OSError) as error:
-            raise _unreadable(digest, error) from error
+    def _checked(self, files: AdapterFiles, folder: Path, digest: str = "") -> _Checked:
+        """Check what was read from `folder` in full or, if all but the numbers is known, the numbers.
 
-    def _parse(self, files: AdapterFiles, digest: str) -> Adapter:
-        try:
-            adapter = parse_adapter(files, self._store.folder(digest))
-        except (PreconditionError, OSError) as error:
-            raise _unreadable(digest, error) from error
-        _require(digest, adapter.digest)
-        return adapter
+        Raises:
+            CorruptStoreError: if it is not `digest`, if that is given.
+            PreconditionError: if it cannot be served.
+            OSError: if it cannot be read.
+        """
+        layout = self._layouts.find(files)
+        if layout is not None and layout.is_finite(files):
+            known = layout.bound(files)
+            _require(digest, known)
+            return _Checked(known, layout.rank, layout.target_modules)
+        adapter = parse_adapter(files, folder)
+        _require(digest, adapter)
+        bound = bind(adapter, self._base)
+        layout = Layout.of(files, adapter, bound)
+        if layout is not None:
+            self._layouts.add(files, layout)
+        return _Checked(replace(bound, layout=layout), adapter.rank, adapter.target_modules)
 
     @contextmanager
     def _refusals_kept(self) -> Iterator[None]:
@@ -141,23 +153,19 @@ class Intake:
                     del self._reports[next(iter(self._reports))]
             raise
 
-    def _version(self, adapter: Adapter, traits: AdapterTraits, size_bytes: int, source: str) -> Version:
+    def _version(self, checked: _Checked, size_bytes: int, source: str) -> Version:
         return Version(
-            digest=adapter.digest,
-            rank=adapter.rank,
-            target_modules=adapter.target_modules,
+            digest=checked.bound.digest,
+            rank=checked.rank,
+            target_modules=checked.target_modules,
             size_bytes=size_bytes,
             base_fingerprint=self._base.fingerprint,
             created_at=datetime.now(UTC),
-            traits=traits,
+            traits=checked.bound.traits,
             source=source,
         )
 
 
-def _require(digest: str, found: str) -> None:
-    if found != digest:
+def _require(digest: str, found: Adapter | BoundAdapter) -> None:
+    if digest and found.digest != digest:
         raise CorruptStoreError(f"the stored weights of {digest} have changed; register the adapter again")
-
-
-def _unreadable(digest: str, error: Exception) -> CorruptStoreError:
-    return CorruptStoreError(f"the stored weights of {digest} cannot be read: {error}")

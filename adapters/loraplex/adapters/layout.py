@@ -18,6 +18,7 @@ import torch
 from loraplex.adapters.bound import BoundAdapter, ModuleWeights
 from loraplex.adapters.digest import PREFIX
 from loraplex.adapters.files import AdapterFiles
+from loraplex.adapters.formats import Adapter
 from loraplex.adapters.weights_file import view
 
 KEPT_LAYOUTS = 64
@@ -41,20 +42,27 @@ class _Place:
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """What all adapters with one `AdapterFiles.layout_key` have in common; `pieces` are of the canonical form."""
+    """What all adapters with one `AdapterFiles.layout_key` have in common.
+
+    Attributes:
+        pieces: of the canonical form.
+        modules: where A and B of each module lie, and its scaling.
+        example: one of the adapters, bound, without its modules.
+        rank: the largest of any module.
+        target_modules: last names of the modules, as the adapter's author names them.
+    """
 
     pieces: tuple[bytes | _Place, ...]
     modules: Mapping[str, tuple[_Place, _Place, float]]
     example: BoundAdapter
-    """Bound, without its modules."""
+    rank: int
+    target_modules: tuple[str, ...]
 
     @classmethod
-    def of(
-        cls, files: AdapterFiles, canonical_form: Iterable[bytes | torch.Tensor], bound: BoundAdapter
-    ) -> Layout | None:
+    def of(cls, files: AdapterFiles, adapter: Adapter, bound: BoundAdapter) -> Layout | None:
         """Return the layout of an adapter that was read from `files`, None if it is no plain LoRA.
 
-        The tensors of both arguments are views of the files' content.
+        The tensors are views of the files' content.
         """
         if bound.embedding or bound.parameters or bound.token_rows:
             return None
@@ -67,12 +75,23 @@ class Layout:
             inside = offset >= 0 and offset + tensor.nbytes <= len(files.weights)
             return _Place(tensor.dtype, tuple(tensor.shape), offset) if inside and tensor.is_contiguous() else None
 
-        pieces = [piece if isinstance(piece, bytes) else place(piece) for piece in canonical_form]
+        pieces = [piece if isinstance(piece, bytes) else place(piece) for piece in adapter.canonical_form]
         modules = {name: (place(m.a), place(m.b), m.scaling) for name, m in bound.modules.items()}
         known = {name: (a, b, scaling) for name, (a, b, scaling) in modules.items() if a and b}
         if None in pieces or len(known) < len(modules):
             return None  # something was put together anew
-        return cls(_joined(piece for piece in pieces if piece is not None), known, replace(bound, modules={}))
+        joined = _joined(piece for piece in pieces if piece is not None)
+        return cls(joined, known, replace(bound, modules={}), adapter.rank, adapter.target_modules)
+
+    def is_finite(self, files: AdapterFiles) -> bool:
+        """Say whether all numbers of an adapter of this layout are finite."""
+        places = [piece for piece in self.pieces if not isinstance(piece, bytes)]
+        first, end = min(place.offset for place in places), max(place.end for place in places)
+        if len({place.dtype for place in places}) == 1:
+            # They fill the file's body without gaps.
+            count = (end - first) // places[0].dtype.itemsize
+            places = [_Place(places[0].dtype, (count,), first)]
+        return all(bool(torch.isfinite(place.of(files.weights)).all()) for place in places)
 
     def digest(self, files: AdapterFiles) -> str:
         """Return the digest of an adapter of this layout."""
@@ -82,11 +101,11 @@ class Layout:
             hasher.update(piece if isinstance(piece, bytes) else content[piece.offset : piece.end])
         return PREFIX + hasher.hexdigest()
 
-    def bound(self, files: AdapterFiles, digest: str) -> BoundAdapter:
+    def bound(self, files: AdapterFiles) -> BoundAdapter:
         """Return an adapter of this layout as binding would."""
         content = files.weights
         modules = {name: ModuleWeights(a.of(content), b.of(content), s) for name, (a, b, s) in self.modules.items()}
-        return replace(self.example, digest=digest, modules=modules, layout=self)
+        return replace(self.example, digest=self.digest(files), modules=modules, layout=self)
 
 
 class Layouts:
@@ -94,7 +113,7 @@ class Layouts:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._known: OrderedDict[tuple[bytes, str | None, bytes], Layout] = OrderedDict()
+        self._known: OrderedDict[tuple[bytes, str | None, int, bytes], Layout] = OrderedDict()
 
     def find(self, files: AdapterFiles) -> Layout | None:
         """Return the layout of an adapter, if another one had it."""
