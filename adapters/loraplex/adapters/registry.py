@@ -232,11 +232,7 @@ class AdapterRegistry:
         return self._stock.folder(digest)
 
     def chat_template(self, digest: str) -> str | None:
-        """Return the chat template that the adapter brings, if it does; read from the store once.
-
-        Raises:
-            NotFoundError: the digest is not in the store.
-        """
+        """Return the chat template that the adapter brings, if it does."""
         return self._stock.template(digest)
 
     def get(self, name: str) -> AdapterRecord:

@@ -40,6 +40,7 @@ class Stock:
         """Released for the last time and perhaps without a name: for the next one who may write."""
         self._draining: list[tuple[frozenset[str], Future[None]]] = []
         self._templates: dict[str, str | None] = {}
+        """Of the adapters that have one; None until it is asked for."""
         self._problems: dict[str, str] = {}
 
     def attach(self, directory: Directory, named: Callable[[], frozenset[str]]) -> frozenset[str]:
@@ -137,13 +138,10 @@ class Stock:
         return digest in self._templates
 
     def template(self, digest: str) -> str | None:
-        """Return the chat template that the adapter brings, if it does; read from the store once.
-
-        Raises:
-            NotFoundError: the digest is not in the store.
-        """
+        """Return the chat template that the adapter brings, if it does; read from the disk once."""
         found = self._templates.get(digest)
-        if found is None and (found := read_chat_template(self._store.folder(digest))) is not None:
+        if found is None and digest in self._templates:
+            found = read_chat_template(self._store.folder(digest))
             self._templates[digest] = found
         return found
 

@@ -1,0 +1,71 @@
+"""A server of its own for what needs other settings or a second start: sources by URL, size limits, restarts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import fsspec
+import pytest
+
+from loraplex.adapters.sources import SourcePolicy
+from loraplex.client import AliasTarget, Client, SamplingOptions
+from loraplex.client.errors import InvalidRequestError, PreconditionError
+from tests.integration.serving import Folders, RunningServer, eventually, fitting_adapter, greedy_ids
+
+
+@pytest.fixture
+def url(folders: Folders) -> Iterator[str]:
+    """An adapter in fsspec's memory, which test and server share."""
+    files = fsspec.filesystem("memory")
+    for path in fitting_adapter(folders.adapters / "one", seed=1).iterdir():
+        files.pipe_file(f"/adapters/one/{path.name}", path.read_bytes())
+    yield "memory://adapters/one"
+    files.store.clear()
+
+
+def test_an_adapter_by_url(folders: Folders, url: str) -> None:
+    policy = SourcePolicy(("memory://adapters",), max_bytes=1 << 20)
+    big = fitting_adapter(folders.adapters / "big", seed=2, template="x" * (1 << 20))
+    with RunningServer(folders, sources=policy) as server, server.client() as client:
+        by_path = client.register_adapter("by-path", folders.adapters / "one").adapter
+        by_url = client.register_adapter("by-url", url, expected_digest=by_path.digest).adapter
+        assert (by_url.digest, by_url.source) == (by_path.digest, url)
+        assert greedy_ids(client, "by-url") == greedy_ids(client, "by-path") != greedy_ids(client)
+        with pytest.raises(InvalidRequestError, match="not below the allowed adapter sources"):
+            client.register_adapter("other", "memory://elsewhere/one")
+        with pytest.raises(InvalidRequestError, match=f"more than the {1 << 20} that this server takes"):
+            client.upload_adapter("big", big)
+        for path in big.iterdir():
+            fsspec.filesystem("memory").pipe_file(f"/adapters/big/{path.name}", path.read_bytes())
+        with pytest.raises(PreconditionError, match=f"more than the {1 << 20} bytes"):
+            client.register_adapter("big", "memory://adapters/big")
+        assert [adapter.name for adapter in client.list_adapters()] == ["by-path", "by-url"]
+
+
+def test_the_server_comes_back_with_what_it_had(folders: Folders) -> None:
+    one, two = (fitting_adapter(folders.adapters / name, seed=seed) for name, seed in (("one", 1), ("two", 2)))
+
+    def told(client: Client) -> tuple[object, ...]:
+        answers = [greedy_ids(client, name) for name in ("a", "a@1", "live")]
+        keys = [client.generate("x", "canary", routing_key=str(key), max_tokens=1).adapter_digest for key in range(8)]
+        return answers, keys
+
+    with RunningServer(folders) as server, server.client() as client:
+        client.register_adapter("a", one, "text", tags=["x"], default_sampling=SamplingOptions(top_k=3))
+        client.register_adapter("a", two)
+        client.set_alias("live", "a@1")
+        client.set_alias("live", "a")
+        client.set_alias("canary", {"a@1": 1, "a@2": 1})
+        client.pin_adapter("live")
+        before = told(client)
+        eventually(lambda: client.get_adapter("a").request_count == 11, "the last request is counted")
+        was = client.get_adapter("a")
+    with RunningServer(folders) as server, server.client() as client:
+        eventually(lambda: client.get_adapter("a").resident, "what was pinned is loaded before anybody asks")
+        now = client.get_adapter("a")
+        for field in ("digest", "version", "versions", "description", "tags", "default_sampling", "aliases", "pinned"):
+            assert getattr(now, field) == getattr(was, field)
+        for field in ("created_at", "last_used_at", "request_count", "prompt_tokens", "generation_tokens", "source"):
+            assert getattr(now, field) == getattr(was, field)
+        assert told(client) == before
+        assert client.rollback_alias("live") == (AliasTarget("a@1"),)
