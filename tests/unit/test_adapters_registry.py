@@ -91,16 +91,19 @@ def test_the_last_release_waits_for_no_registration(
     registry.register("a", source / "one")
     digest = registry.acquire("a").digest
     registry.unregister("a")
+    drained = registry.drained([digest])
     put = LocalBlobStore.put
 
     def release_meanwhile(store: LocalBlobStore, *args: Any, **options: Any) -> None:
         registry.release(digest)
         assert digest in blobs(tmp_path), "whoever writes deletes it, later"
+        assert not drained.done()
         put(store, *args, **options)
 
     monkeypatch.setattr(LocalBlobStore, "put", release_meanwhile)
     other = registry.register("b", source / "two").record.digest
     assert blobs(tmp_path) == {other}
+    assert drained.done()
     registry.check_integrity()
 
 

@@ -70,6 +70,20 @@ class NamedAdapter:
         found = [version for version in reversed(self.versions) if version.digest.startswith(prefix)]
         return found[0] if len({version.digest for version in found}) == 1 else None
 
+    def without(self, wanted: Selector) -> NamedAdapter | None:
+        """Return the adapter less what `wanted` asks for: all of it, one number, or every version of a digest; or None.
+
+        It may be left without versions, and then is none any more.
+        """
+        found = self.select(wanted)
+        if found is None:
+            return None
+        if wanted.is_bare:
+            return replace(self, versions=())
+        by_number = wanted.number is not None
+        kept = (v for v in self.versions if (v.number != found.number if by_number else v.digest != found.digest))
+        return replace(self, versions=tuple(kept))
+
 
 Pin = tuple[str, int]
 """A name, and the number of its version that stays on the device; 0 is whichever is current."""

@@ -1,17 +1,20 @@
 """The names of adapters: which are allowed, and how `name@2` or `name@sha256:...` selects one version.
 
-Also the page tokens of listings sorted by name: the last name of a page, so that they stay valid when names change.
+Also the pages of listings sorted by name: a token is the last name of a page, so that it stays valid when names change.
 """
 
 from __future__ import annotations
 
 import base64
 import re
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from loraplex.adapters.errors import InvalidRequestError
 
 MAX_LENGTH = 128
+DEFAULT_PAGE, MAX_PAGE = 100, 1000
 RESERVED = frozenset({"base"})
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(?:/[A-Za-z0-9._-]+)*")
 _NUMBER = re.compile(r"[1-9][0-9]{0,8}")
@@ -57,17 +60,26 @@ def parse_selector(text: str) -> Selector:
     return Selector(name, digest=version)
 
 
-def encode_page_token(name: str) -> str:
-    """Return the token of the page after `name`."""
+def page_of(names: Sequence[str], size: int, token: str) -> tuple[Sequence[str], str]:
+    """Return the page of the sorted `names` that `token` asks for, and the token of the next, empty if there is none.
+
+    A size of 0 means 100; 1000 is the most.
+
+    Raises:
+        InvalidRequestError: a negative size, or a token that no earlier page gave.
+    """
+    if size < 0:
+        raise InvalidRequestError.of("page_size", f"must not be negative, got {size}")
+    begin = bisect_right(names, _decode(token))
+    end = begin + min(size or DEFAULT_PAGE, MAX_PAGE)
+    return names[begin:end], _encode(names[end - 1]) if end < len(names) else ""
+
+
+def _encode(name: str) -> str:
     return base64.urlsafe_b64encode(name.encode()).decode()
 
 
-def decode_page_token(token: str) -> str:
-    """Return the name that the page of `token` comes after, or an empty string for the first page.
-
-    Raises:
-        InvalidRequestError: no page gave that token.
-    """
+def _decode(token: str) -> str:
     try:
         return base64.b64decode(token, altchars=b"-_", validate=True).decode()
     except ValueError as error:

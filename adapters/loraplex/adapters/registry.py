@@ -10,8 +10,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
-from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 
 from loraplex.adapters.alias_book import AliasBook
@@ -22,14 +20,13 @@ from loraplex.adapters.directory import Directory, NamedAdapter, Version
 from loraplex.adapters.disk import lock_folder, removed_at_exit
 from loraplex.adapters.errors import AlreadyExistsError, InvalidRequestError, PreconditionError
 from loraplex.adapters.metadata import Metadata, MetadataChange
-from loraplex.adapters.names import Selector, check_name, decode_page_token, encode_page_token, parse_selector
+from loraplex.adapters.names import check_name, page_of, parse_selector
 from loraplex.adapters.pins import Pins
 from loraplex.adapters.records import AdapterFilter, AdapterPage, AdapterRecord, Registration, Unregistration
 from loraplex.adapters.sources import AdapterSources, SourcePolicy
 from loraplex.adapters.stock import Stock
 from loraplex.adapters.usage import UsageMeter
 
-DEFAULT_PAGE, MAX_PAGE = 100, 1000
 UPLOADED = "upload"
 NO_CHANGE = MetadataChange()
 EVERY = AdapterFilter()
@@ -143,18 +140,16 @@ class AdapterRegistry:
         with self._stock.writing():
             before = self.directory
             adapter = before.adapter(wanted.name)
-            version = adapter.select(wanted)
-            if version is None:
+            version, left = adapter.select(wanted), adapter.without(wanted)
+            if version is None or left is None:
                 raise before.not_found(selector)
-            kept = tuple(v for v in adapter.versions if not _is_meant(v, wanted, version))
-            left = replace(adapter, versions=kept)
             dangling = before.with_adapter(left).dangling()
             if dangling:
                 raise PreconditionError(f"{selector} has aliases ({', '.join(dangling)}); move or delete them first")
-            gone = {v.digest: v.size_bytes for v in adapter.versions if v not in kept}
+            gone = {v.digest: v.size_bytes for v in adapter.versions if v not in left.versions}
             active = self._stock.active(gone)
             self._catalog.reduce(left)
-            if not kept:
+            if not left.versions:
                 self._usage.forget(adapter.name)
             self._stock.collect(gone)
             unnamed = {digest: size for digest, size in gone.items() if digest not in self.digests}
@@ -245,14 +240,9 @@ class AdapterRegistry:
         Raises:
             InvalidRequestError: a negative size, or a token that no earlier page gave.
         """
-        if page_size < 0:
-            raise InvalidRequestError.of("page_size", "must not be negative")
-        after = decode_page_token(page_token)
-        size = min(page_size or DEFAULT_PAGE, MAX_PAGE)
         names = self.directory.names
-        found = list(islice((n for n in sorted(names) if n > after and chosen(names[n])), size + 1))
-        records = tuple(self._record(names[n], names[n].current) for n in found[:size])
-        return AdapterPage(records, encode_page_token(found[size - 1]) if len(found) > size else "")
+        page, token = page_of(sorted(name for name in names if chosen(names[name])), page_size, page_token)
+        return AdapterPage(tuple(self._record(names[name], names[name].current) for name in page), token)
 
     def update(self, name: str, change: MetadataChange) -> AdapterRecord:
         """Change what is given.
@@ -342,13 +332,6 @@ class AdapterRegistry:
             has_chat_template=self._stock.has_template(version.digest),
             usage=self._usage.of(adapter.name),
         )
-
-
-def _is_meant(version: Version, wanted: Selector, found: Version) -> bool:
-    """Whether unregistering what `wanted` found takes `version` away: all of a name, all of a digest, or one number."""
-    if wanted.is_bare:
-        return True
-    return version.number == found.number if wanted.number else version.digest == found.digest
 
 
 def _usable(name: str, record: AdapterRecord) -> AdapterRecord:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from loraplex.adapters.binding import BaseModel, BindReport, BoundAdapter
 from loraplex.adapters.directory import Directory
-from loraplex.adapters.errors import CorruptStoreError, PreconditionError
+from loraplex.adapters.errors import CorruptStoreError, NotFoundError, PreconditionError
 from loraplex.adapters.folder import TEMPLATE_FILE, read_chat_template
 from loraplex.adapters.intake import Candidate, Intake
 from loraplex.adapters.records import AdapterRecord
@@ -111,10 +111,9 @@ class Stock:
             if digest not in self._named():
                 self._garbage.add(digest)
         self._sweep()
-        self._tell_drained()
 
     def drained(self, digests: Iterable[str]) -> Future[None]:
-        """Return a future that is done once no request uses any of `digests`."""
+        """Return a future that is done once no request uses any of `digests`, and what has no name is deleted."""
         future: Future[None] = Future()
         with self._lock:
             self._draining.append((frozenset(digests), future))
@@ -131,7 +130,11 @@ class Stock:
 
     def has(self, digest: str) -> bool:
         """Whether weights are stored under `digest`."""
-        return digest in self._store.digests()
+        try:
+            self._store.folder(digest)
+        except NotFoundError:
+            return False
+        return True
 
     def has_template(self, digest: str) -> bool:
         """Whether the adapter brings a chat template."""
@@ -201,16 +204,19 @@ class Stock:
         while self._garbage and self._writing.acquire(blocking=False):
             try:
                 with self._lock:
-                    garbage = self._garbage
-                    self._garbage = set()
+                    garbage = set(self._garbage)
                 self.collect(garbage)
+                with self._lock:
+                    self._garbage -= garbage
             finally:
                 self._writing.release()
+        self._tell_drained()
 
     def _tell_drained(self) -> None:
         with self._lock:
-            done = [entry for entry in self._draining if not any(self._active[digest] for digest in entry[0])]
-            self._draining = [entry for entry in self._draining if entry not in done]
+            busy = self._active.keys() | self._garbage
+            done = [entry for entry in self._draining if not entry[0] & busy]
+            self._draining = [entry for entry in self._draining if entry[0] & busy]
         for _, future in done:
             if future.set_running_or_notify_cancel():
                 future.set_result(None)

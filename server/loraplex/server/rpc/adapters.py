@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+import functools
+from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import Executor
 from contextlib import aclosing
 from typing import Any, TypeVar
@@ -11,9 +12,10 @@ from typing import Any, TypeVar
 import grpc.aio
 
 from loraplex.adapters.alias import AliasTarget
-from loraplex.adapters.records import AdapterFilter, AdapterRecord
+from loraplex.adapters.records import AdapterFilter, AdapterRecord, Unregistration
 from loraplex.adapters.registry import AdapterRegistry
 from loraplex.server.engine.client import EngineClient
+from loraplex.server.engine.stats import FreedMemory
 from loraplex.server.errors import InvalidRequestError
 from loraplex.server.metrics import Metrics
 from loraplex.server.rpc.adapter_messages import (
@@ -53,21 +55,15 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
         self._vocab_size = vocab_size
         self._executor = executor
         self._transfers = transfers
+        self._changing: set[asyncio.Task[Any]] = set()
 
     async def RegisterAdapter(self, request: pb.RegisterAdapterRequest, context: Context) -> pb.RegisterAdapterResponse:
         """Register a folder on the server's disk, or what is at a URL."""
         if not request.path:
             raise InvalidRequestError.of("path", "is empty: give the adapter's folder on the server or a URL")
         change = given_metadata(request, self._vocab_size)
-        registration = await asyncio.get_running_loop().run_in_executor(
-            self._transfers,
-            self._registry.register,
-            request.name,
-            request.path,
-            change,
-            request.expected_digest,
-        )
-        self._residency.follow()
+        call = functools.partial(self._registry.register, request.name, request.path, change, request.expected_digest)
+        registration = await self._change(call, self._transfers)
         return pb.RegisterAdapterResponse(
             adapter=self._message(registration.record), previous_digest=registration.previous_digest or ""
         )
@@ -76,8 +72,10 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
         self, request_iterator: AsyncIterator[pb.UploadAdapterRequest], context: Context
     ) -> pb.UploadAdapterResponse:
         """Take an adapter's files, then register them like a folder."""
-        registration = await receive_upload(request_iterator, self._registry, self._vocab_size, self._transfers)
-        self._residency.follow()
+        try:
+            registration = await receive_upload(request_iterator, self._registry, self._vocab_size, self._transfers)
+        finally:
+            self._residency.follow()
         return pb.UploadAdapterResponse(
             adapter=self._message(registration.record), previous_digest=registration.previous_digest or ""
         )
@@ -97,8 +95,8 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
         wait_s = request.drain_timeout_s if request.HasField("drain_timeout_s") else None
         if wait_s is not None and not wait_s >= 0:
             raise InvalidRequestError.of("drain_timeout_s", f"must be 0 or more, got {wait_s}")
-        gone = await self._call(self._registry.unregister, request.name)
-        departure = await self._residency.leave(gone, wait_s)
+        gone, leaving = await self._whole(self._dismiss(request.name))
+        departure = await self._residency.departure(gone, leaving, wait_s)
         return pb.UnregisterAdapterResponse(
             digest=gone.digest,
             active_requests=departure.active_requests,
@@ -134,15 +132,13 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
 
     async def PinAdapter(self, request: pb.PinAdapterRequest, context: Context) -> pb.PinAdapterResponse:
         """Load the adapter and keep it on the device."""
-        await self._call(self._registry.pins.add, request.name)
-        self._residency.follow()
+        await self._change(functools.partial(self._registry.pins.add, request.name), self._executor)
         record = await self._call(self._registry.get, request.name)
         return pb.PinAdapterResponse(adapter=self._message(record))
 
     async def UnpinAdapter(self, request: pb.UnpinAdapterRequest, context: Context) -> pb.UnpinAdapterResponse:
         """Let the adapter go like any other."""
-        await self._call(self._registry.pins.remove, request.name)
-        self._residency.follow()
+        await self._change(functools.partial(self._registry.pins.remove, request.name), self._executor)
         record = await self._call(self._registry.get, request.name)
         return pb.UnpinAdapterResponse(adapter=self._message(record))
 
@@ -170,6 +166,28 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
     def close(self) -> None:
         """Wait for nothing any more."""
         self._residency.close()
+
+    async def _dismiss(self, name: str) -> tuple[Unregistration, asyncio.Task[FreedMemory]]:
+        gone = await self._call(self._registry.unregister, name)
+        return gone, self._residency.dismiss(gone)
+
+    async def _change(self, function: Callable[[], T], executor: Executor) -> T:
+        """Change the registry on a thread, and pass on what follows from it."""
+
+        async def change() -> T:
+            try:
+                return await asyncio.get_running_loop().run_in_executor(executor, function)
+            finally:
+                self._residency.follow()
+
+        return await self._whole(change())
+
+    async def _whole(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run `coroutine` to its end, even if the caller goes away: what is changed must be told to the engine."""
+        task = asyncio.create_task(coroutine)
+        self._changing.add(task)
+        task.add_done_callback(self._changing.discard)
+        return await asyncio.shield(task)
 
     async def _call(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         loop = asyncio.get_running_loop()

@@ -47,12 +47,18 @@ class Residency:
         self._pinned = wanted
         self._metrics.set_registered(self._registry.count())
 
-    async def leave(self, gone: Unregistration, drain_timeout_s: float | None) -> Departure:
-        """Let go of what is unregistered, waiting for the requests on it at most `drain_timeout_s`; it goes anyway."""
+    def dismiss(self, gone: Unregistration) -> asyncio.Task[FreedMemory]:
+        """Let go of what is unregistered once the last request on it has ended, whether or not anybody waits for it."""
         self.follow()
         leaving = asyncio.create_task(self._leave(gone))
         self._leaving.add(leaving)
         leaving.add_done_callback(self._leaving.discard)
+        return leaving
+
+    async def departure(
+        self, gone: Unregistration, leaving: asyncio.Task[FreedMemory], drain_timeout_s: float | None
+    ) -> Departure:
+        """Wait for the requests on what was dismissed, at most `drain_timeout_s`, and say what has come free."""
         limit = DEFAULT_DRAIN_S if drain_timeout_s is None else drain_timeout_s
         await asyncio.wait({leaving}, timeout=limit if gone.active_requests else FREE_S)
         memory = leaving.result() if leaving.done() else FreedMemory()
