@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from loraplex.bench.random_adapter import B_STD, CONFIG, WEIGHTS, ModelShape, peft_config
+from loraplex.bench.random_adapter import CONFIG, WEIGHTS, ModelShape, peft_config
 
+STD = 0.01
+"""Standard deviation of the random numbers: small beside the base."""
 TARGETS = ("self_attn.q_proj", "self_attn.v_proj")
 STRIDE = 8
 """Numbers between the stretches of two adapters."""
@@ -69,7 +71,7 @@ class Population:
 
         draw = np.random.default_rng(self.rank)
         count = self.parameters + self.count * STRIDE
-        return (B_STD * draw.standard_normal(count, dtype=np.float32)).astype("<f2").data.cast("B")
+        return (STD * draw.standard_normal(count, dtype=np.float32)).astype("<f2").data.cast("B")
 
     def _header(self) -> bytes:
         """Return what a safetensors file begins with: the length of a JSON text, and the text."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -133,3 +134,80 @@ def adapters(
         held = bench_adapters.run(chosen.shortened() if short else chosen, output)
     if not held:
         raise typer.Exit(1)
+
+
+@app.command()
+def peers(
+    rounds: Annotated[int, typer.Option(help="Runs of each case on each system.", min=1)] = 3,
+    systems: Annotated[
+        str, typer.Option(help="Folder names of peers with commas between, or all: peft, vllm, openvino, llama.cpp.")
+    ] = "all",
+    quantizations: Annotated[str, typer.Option(help="Of our servers, with commas between.")] = "nf4,int8",
+    threads: Annotated[int, typer.Option(help="CPU threads of every system; 0 is all of them.", min=0)] = 0,
+    torch_index: Annotated[
+        str, typer.Option(help="One more package index, with CPU-only builds of torch.", envvar="TORCH_INDEX")
+    ] = "",
+    cache: Annotated[
+        Path | None, typer.Option(help="Where the peers are installed; default: below the cache folder.")
+    ] = None,
+    output: Annotated[Path, typer.Option("--json", help="Write the list of systems here.", dir_okay=False)] = Path(
+        "bench/results/peers.json"
+    ),
+    chart: Annotated[Path, typer.Option(help="Draw base and mixed throughput here.", dir_okay=False)] = Path(
+        "bench/results/peers.png"
+    ),
+) -> None:
+    """Run W16 on other systems and on ours, in turn, and check every answer against PEFT (about 40 minutes)."""
+    import os
+
+    from loraplex.bench.peers.peer import PEERS, ours
+    from loraplex.cli import bench_peers
+    from loraplex.cli.model import DEMO, with_demo
+    from loraplex.cli.termination import sigterm_raises
+    from loraplex.server.models.demo import cache_root, demo_gguf_path
+
+    known = {peer.folder: peer for peer in PEERS}
+    names = list(known) if systems == "all" else [name.strip() for name in systems.split(",") if name.strip()]
+    if unknown := [name for name in names if name not in known]:
+        raise typer.BadParameter(f"no such system: {', '.join(unknown)}", param_hint="--systems")
+    own = [ours(name.strip(), version("loraplex")) for name in quantizations.split(",") if name.strip()]
+    bench = bench_peers.PeersBench(
+        peers=[*own, *(known[name] for name in names)],
+        cache=(cache or cache_root() / "bench" / "peers").resolve(),
+        model=Path(with_demo(DEMO)),
+        gguf=demo_gguf_path(),
+        rounds=rounds,
+        threads=threads or len(os.sched_getaffinity(0)),
+        torch_index=torch_index,
+    )
+    with sigterm_raises():
+        held = bench_peers.run(bench, output, chart)
+    if not held:
+        raise typer.Exit(1)
+
+
+@app.command()
+def quality(
+    quantizations: Annotated[str, typer.Option(help="What to compare with float32, with commas between.")] = (
+        "none,int8,nf4"
+    ),
+    tokens: Annotated[int, typer.Option(help="Of each of the 16 windows of the text.", min=2)] = 256,
+    model: Annotated[str, typer.Option(help="demo, or a Hugging Face folder.")] = "demo",
+    output: Annotated[Path, typer.Option("--json", help="Write the result here.", dir_okay=False)] = Path(
+        "bench/results/quality.json"
+    ),
+) -> None:
+    """Measure perplexity and divergence of the quantizations against float32, on a fixed text (about two minutes)."""
+    from loraplex.bench.quality import measure_quality, quality_table
+    from loraplex.cli.bench_run import rate_bar, write_result
+    from loraplex.cli.model import with_demo
+    from loraplex.cli.output import to_stdout
+
+    names = [name.strip() for name in quantizations.split(",")]
+    with rate_bar() as bar:
+        task = bar.add_task("steps", total=tokens - 1)
+        document = measure_quality(
+            Path(with_demo(model)), names, length=tokens, on_step=lambda done: bar.update(task, completed=done)
+        )
+    to_stdout().print(quality_table(document))
+    write_result(document, output)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -15,16 +14,14 @@ from rich.progress import Progress
 
 from loraplex.bench import cpu_cases, w16
 from loraplex.bench.charts import draw_cpu
-from loraplex.bench.commit import current_commit
 from loraplex.bench.cpu_report import cpu_document, cpu_table
 from loraplex.bench.cpu_run import Measurements, ServerUnderTest, agreement_with_alone, run_all
 from loraplex.bench.load import load_client
-from loraplex.bench.machine import machine_info
 from loraplex.bench.process_memory import resident_mb
 from loraplex.bench.random_adapter import ModelShape
 from loraplex.bench.server_process import ServerProcess
-from loraplex.cli.bench_run import rate_bar
-from loraplex.cli.output import to_stderr, to_stdout
+from loraplex.cli.bench_run import rate_bar, write_result
+from loraplex.cli.output import to_stdout
 from loraplex.client import AsyncClient
 
 MAX_NUM_SEQS = 64
@@ -67,12 +64,9 @@ def run(bench: CpuBench, output: Path) -> bool:
             measurements, facts = asyncio.run(_measure(bench, servers, folders, bar))
             rss_mb = {name: resident_mb(server.pid) for name, server in servers.items()}
     document = cpu_document(measurements, ready_s, rss_mb) | facts
-    document |= {"machine": machine_info(), "commit": current_commit(), "short": bench.short}
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    draw_cpu(document, output.with_suffix(".png"))
     to_stdout().print(cpu_table(document))
-    to_stderr().print(f"wrote {output} and {output.with_suffix('.png').name}", markup=False)
+    write_result({**document, "short": bench.short}, output)
+    draw_cpu(document, output.with_suffix(".png"))
     return not document["failed_requests"]
 
 

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 
 from loraplex.bench import w16
+from loraplex.bench.commit import current_commit
 from loraplex.bench.load import load_client, run_load
 from loraplex.bench.machine import machine_info
 from loraplex.bench.report import Report, cases_as_json, cases_table, latency_table, warnings
@@ -115,8 +116,13 @@ def show(cases: Mapping[str, Sequence[Report]], facts: Mapping[str, Any], json_f
     for warning in warnings(every):
         to_stderr().print(warning, style="yellow", markup=False)
     if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        document = {**facts, "cases": cases_as_json(cases), "machine": machine_info()}
-        json_file.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-        to_stderr().print(f"wrote {json_file}", markup=False)
+        write_result({**facts, "cases": cases_as_json(cases)}, json_file)
     return not any(report.failed for report in every)
+
+
+def write_result(document: Mapping[str, Any], path: Path) -> None:
+    """Write `document` as JSON, with the machine and the commit that it was measured on."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = {**document, "machine": machine_info(), "commit": current_commit()}
+    path.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
+    to_stderr().print(f"wrote {path}", markup=False)
