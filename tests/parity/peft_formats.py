@@ -137,6 +137,10 @@ _LLAMA: Sequence[PeftFormat] = (
     PeftFormat("saved-embedding-head", {"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["embed_tokens"]}),
     PeftFormat("saved-head", {"target_modules": _QV, "modules_to_save": ["lm_head"]}),
     PeftFormat("saved-both", {"target_modules": _QV, "modules_to_save": ["lm_head", "model.embed_tokens"]}),
+    PeftFormat(
+        "saved-not-targeted",
+        {"target_modules": ["q_proj", "embed_tokens", "lm_head"], "modules_to_save": ["lm_head", "embed_tokens"]},
+    ),
     PeftFormat("saved-norms", {"target_modules": _QV, "modules_to_save": ["norm"]}),
     PeftFormat("saved-mlp", {"target_modules": _QV, "modules_to_save": ["mlp"]}),
     PeftFormat("saved-key", {"target_modules": _QV, "modules_to_save": ["k_proj"], "bias": "all"}),
