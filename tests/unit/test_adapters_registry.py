@@ -91,7 +91,7 @@ def test_the_last_release_waits_for_no_registration(
     registry.register("a", source / "one")
     digest = registry.acquire("a").digest
     registry.unregister("a")
-    drained = registry.drained([digest])
+    drained = registry.stock.drained([digest])
     put = LocalBlobStore.put
 
     def release_meanwhile(store: LocalBlobStore, *args: Any, **options: Any) -> None:

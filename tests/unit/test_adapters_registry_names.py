@@ -50,13 +50,23 @@ def test_a_number_is_never_given_again(opener: Opener, source: Path) -> None:
         again.get("a@1")
 
 
+def test_an_earlier_content_comes_back_only_if_that_is_asked(registry: AdapterRegistry, source: Path) -> None:
+    for name in ("one", "two"):
+        registry.register("a", source / name)
+    assert registry.register("a", source / "one", restore=False).record.version.number == 2
+    assert registry.register("a", source / "one", MetadataChange("d"), restore=False).record.metadata.description == "d"
+    three = registry.register("a", write_adapter(source / "three", seed=3), restore=False).record
+    assert three.version.number == 3
+    assert registry.register("a", source / "one").record.version.number == 4
+
+
 def test_one_version_goes(registry: AdapterRegistry, versions: list[str], tmp_path: Path) -> None:
     registry.acquire("a@2")
     gone = registry.unregister(f"a@{versions[1]}")
     assert (gone.name, gone.digest, gone.active_requests) == ("a", versions[1], 1)
     assert set(gone.unnamed) == {versions[1]}
     assert blobs(tmp_path) == set(versions), "a request still uses it"
-    drained = registry.drained(gone.unnamed)
+    drained = registry.stock.drained(gone.unnamed)
     assert not drained.done()
     registry.release(versions[1])
     assert drained.done()

@@ -8,8 +8,7 @@ batches or transports.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Sequence
-from concurrent.futures import Future
+from collections.abc import Sequence
 from pathlib import Path
 
 from loraplex.adapters.alias_book import AliasBook
@@ -36,7 +35,8 @@ NO_URLS = SourcePolicy()
 class AdapterRegistry:
     """Registered adapters for one base model, kept below `root`.
 
-    A name keeps its versions until they are unregistered, so that `name@2` finds an earlier one.
+    A name keeps its versions until they are unregistered, so that `name@2` finds an earlier one. `aliases` and `pins`
+    are changed through the objects of that name; `stock` tells of weights and of the requests on them.
     """
 
     def __init__(
@@ -59,15 +59,15 @@ class AdapterRegistry:
         self._sources = AdapterSources(allowed_roots, policy, self.incoming)
         self._owner = lock_folder(root)
         try:
-            self._stock = Stock(root / "store", base)
+            self.stock = Stock(root / "store", base)
             self._catalog = Catalog(f"sqlite:///{root / 'catalog.sqlite'}")
             shutil.rmtree(self.incoming, ignore_errors=True)
             self.incoming.mkdir()
-            rebound = self._stock.attach(self._catalog.directory, lambda: self.digests)
+            rebound = self.stock.attach(self._catalog.directory, lambda: self.digests)
             if rebound:
                 self._catalog.set_fingerprint(rebound, base.fingerprint)
-            self.aliases = AliasBook(self._catalog, self._stock.writing)
-            self.pins = Pins(self._catalog, self._stock.writing, self._stock.problem)
+            self.aliases = AliasBook(self._catalog, self.stock.writing)
+            self.pins = Pins(self._catalog, self.stock.writing, self.stock.problem)
             self._usage = UsageMeter(self._catalog.read_usage(), self._save_usage)
         except BaseException:
             self._owner.close()
@@ -76,7 +76,7 @@ class AdapterRegistry:
     @property
     def warnings(self) -> tuple[str, ...]:
         """One line for each registered version that cannot serve requests."""
-        problems = self._stock.problems
+        problems = self.stock.problems
         named = ((a.name, v) for a in self.directory.names.values() for v in a.versions)
         return tuple(f"{name}@{v.digest}: {problems[v.digest]}" for name, v in named if v.digest in problems)
 
@@ -100,11 +100,18 @@ class AdapterRegistry:
         return len(self.directory.names)
 
     def register(
-        self, name: str, source: str | Path, change: MetadataChange = NO_CHANGE, expected_digest: str = ""
+        self,
+        name: str,
+        source: str | Path,
+        change: MetadataChange = NO_CHANGE,
+        expected_digest: str = "",
+        *,
+        restore: bool = True,
     ) -> Registration:
         """Take in the adapter at `source`, a folder or a URL, under `name`, which may have an earlier version.
 
-        The current content again changes nothing but the metadata. A registration that fails changes nothing.
+        The current content again changes nothing but the metadata; so does an earlier one, unless it is to `restore` it
+        as the latest. A registration that fails changes nothing.
 
         Raises:
             InvalidRequestError: the name, the metadata or the source are not allowed.
@@ -116,7 +123,7 @@ class AdapterRegistry:
         """
         check_name(name)
         with self._sources.folder(str(source)) as folder:
-            return self._register(name, folder, str(source), change, expected_digest)
+            return self._register(name, folder, str(source), change, expected_digest, restore=restore)
 
     def register_upload(
         self, name: str, staged: Path, change: MetadataChange = NO_CHANGE, expected_digest: str = ""
@@ -126,7 +133,7 @@ class AdapterRegistry:
             raise ValueError(f"{staged} is not a folder in {self.incoming}")
         with removed_at_exit(staged):
             check_name(name)
-            return self._register(name, staged, UPLOADED, change, expected_digest)
+            return self._register(name, staged, UPLOADED, change, expected_digest, restore=True)
 
     def unregister(self, selector: str) -> Unregistration:
         """Take a name away at once, or one of its versions; requests in flight keep their weights until they end.
@@ -137,7 +144,7 @@ class AdapterRegistry:
             PreconditionError: an alias needs it.
         """
         wanted = parse_selector(selector)
-        with self._stock.writing():
+        with self.stock.writing():
             before = self.directory
             adapter = before.adapter(wanted.name)
             version, left = adapter.select(wanted), adapter.without(wanted)
@@ -147,11 +154,11 @@ class AdapterRegistry:
             if dangling:
                 raise PreconditionError(f"{selector} has aliases ({', '.join(dangling)}); move or delete them first")
             gone = {v.digest: v.size_bytes for v in adapter.versions if v not in left.versions}
-            active = self._stock.active(gone)
+            active = self.stock.active(gone)
             self._catalog.reduce(left)
             if not left.versions:
                 self._usage.forget(adapter.name)
-            self._stock.collect(gone)
+            self.stock.collect(gone)
             unnamed = {digest: size for digest, size in gone.items() if digest not in self.digests}
         return Unregistration(adapter.name, version.digest, active, unnamed)
 
@@ -176,7 +183,7 @@ class AdapterRegistry:
             NotFoundError: as `resolve`.
             PreconditionError: as `resolve`.
         """
-        record = self._stock.hold(lambda: self._find(name, routing_key))
+        record = self.stock.hold(lambda: self._find(name, routing_key))
         if record is None:
             raise self.directory.not_found(name)
         return _usable(name, record)
@@ -187,24 +194,12 @@ class AdapterRegistry:
         Raises:
             ValueError: if no request is active on `digest`.
         """
-        self._stock.release(digest)
+        self.stock.release(digest)
 
     def count_use(self, name: str, prompt_tokens: int, generation_tokens: int) -> None:
         """Count a request that has ended on `name`; waits for no disk. A name that has gone meanwhile is ignored."""
         if name in self.directory.names:
             self._usage.count(name, prompt_tokens, generation_tokens)
-
-    def drained(self, digests: Iterable[str]) -> Future[None]:
-        """Return a future that is done once no request is active on any of `digests`."""
-        return self._stock.drained(digests)
-
-    def active(self, digests: Iterable[str]) -> int:
-        """Return how many requests are active on any of `digests`."""
-        return self._stock.active(digests)
-
-    def is_stored(self, digest: str) -> bool:
-        """Whether weights are stored under `digest`."""
-        return self._stock.has(digest)
 
     def load(self, digest: str) -> BoundAdapter:
         """Read the weights of `digest` from the store and check that they are what was registered.
@@ -216,7 +211,7 @@ class AdapterRegistry:
             CorruptStoreError: the files are not what the digest says.
             BindError: the adapter does not fit this base.
         """
-        return self._stock.load(digest)
+        return self.stock.load(digest)
 
     def folder(self, digest: str) -> Path:
         """Return the stored folder of `digest`, to be read only while a request holds it.
@@ -224,11 +219,11 @@ class AdapterRegistry:
         Raises:
             NotFoundError: the digest is not in the store.
         """
-        return self._stock.folder(digest)
+        return self.stock.folder(digest)
 
     def chat_template(self, digest: str) -> str | None:
         """Return the chat template that the adapter brings, if it does."""
-        return self._stock.template(digest)
+        return self.stock.template(digest)
 
     def get(self, name: str) -> AdapterRecord:
         """Like `resolve`, but also for an adapter that cannot serve requests."""
@@ -251,7 +246,7 @@ class AdapterRegistry:
             NotFoundError: no adapter has that name.
             InvalidRequestError: it is an alias, or the metadata are not allowed.
         """
-        with self._stock.writing():
+        with self.stock.writing():
             adapter = self.directory.adapter(name)
             metadata = change.applied_to(adapter.metadata)
             if metadata != adapter.metadata:
@@ -264,17 +259,17 @@ class AdapterRegistry:
         Raises:
             NotFoundError: there is no such report (any more).
         """
-        return self._stock.report(report_id)
+        return self.stock.report(report_id)
 
     def check_integrity(self) -> None:
         """Assert what always holds between calls: memory, catalog and store agree, and nothing is kept for nobody."""
-        with self._stock.writing():
+        with self.stock.writing():
             now = self.directory
             assert now == self._catalog.read()
             assert not now.dangling()
             assert not set(now.aliases) & set(now.names)
             assert all(adapter.versions for adapter in now.names.values())
-            self._stock.check_integrity()
+            self.stock.check_integrity()
 
     def close(self) -> None:
         """Save what is not saved yet, close the catalog and give `root` free."""
@@ -283,33 +278,35 @@ class AdapterRegistry:
         self._owner.close()
 
     def _register(
-        self, name: str, folder: Path, source: str, change: MetadataChange, expected_digest: str
+        self, name: str, folder: Path, source: str, change: MetadataChange, expected_digest: str, *, restore: bool
     ) -> Registration:
         change.applied_to(Metadata())  # what is wrong with it is said before anything is read
         if expected_digest and not is_digest(expected_digest):
             raise InvalidRequestError.of("expected_digest", f"is no digest ({PREFIX} and 64 hexadecimal digits)")
-        with self._stock.candidate(folder, source, expected_digest) as candidate:
+        with self.stock.candidate(folder, source, expected_digest) as candidate:
             digest = candidate.version.digest
-            damaged = self._stock.is_damaged(digest)
-            with self._stock.writing():
+            damaged = self.stock.is_damaged(digest)
+            with self.stock.writing():
                 if name in self.directory.aliases:
                     raise AlreadyExistsError(f"{name} is an alias; delete it first or choose another name")
                 known = self.directory.names.get(name)
+                versions = known.versions if known else ()
+                kept = {v.digest for v in (versions[-1:] if restore else versions)}
                 metadata = change.applied_to(known.metadata if known else Metadata())
                 try:
-                    self._stock.put(candidate, replace=damaged)
-                    if known is None or known.current.digest != digest:
+                    self.stock.put(candidate, replace=damaged)
+                    if digest not in kept:
                         self._catalog.publish(name, metadata, candidate.version)
-                    elif known.metadata != metadata:
+                    elif known and known.metadata != metadata:
                         self._catalog.describe(name, metadata)
                 finally:
-                    self._stock.collect((digest,))
+                    self.stock.collect((digest,))
                 adapter = self.directory.names[name]
                 return Registration(self._record(adapter, adapter.current), known.current.digest if known else None)
 
     def _save_usage(self) -> None:
         # Taken inside, so that a name which is unregistered and registered again meanwhile begins at nothing.
-        with self._stock.writing():
+        with self.stock.writing():
             with self._usage.unsaved() as usage:
                 names = self.directory.names
                 self._catalog.write_usage({name: used for name, used in usage.items() if name in names})
@@ -325,11 +322,11 @@ class AdapterRegistry:
         return AdapterRecord(
             adapter=adapter,
             version=version,
-            active_requests=self._stock.count(version.digest),
+            active_requests=self.stock.count(version.digest),
             aliases=now.aliases_of.get(adapter.name, ()),
             pinned=version.digest in now.pinned_digests,
-            problem=self._stock.problem(version.digest),
-            has_chat_template=self._stock.has_template(version.digest),
+            problem=self.stock.problem(version.digest),
+            has_chat_template=self.stock.has_template(version.digest),
             usage=self._usage.of(adapter.name),
         )
 

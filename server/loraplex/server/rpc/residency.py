@@ -62,8 +62,8 @@ class Residency:
         limit = DEFAULT_DRAIN_S if drain_timeout_s is None else drain_timeout_s
         await asyncio.wait({leaving}, timeout=limit if gone.active_requests else FREE_S)
         memory = leaving.result() if leaving.done() else FreedMemory()
-        disk = sum(size for digest, size in gone.unnamed.items() if not self._registry.is_stored(digest))
-        return Departure(self._registry.active(gone.unnamed), memory, disk)
+        disk = sum(size for digest, size in gone.unnamed.items() if not self._registry.stock.has(digest))
+        return Departure(self._registry.stock.active(gone.unnamed), memory, disk)
 
     def close(self) -> None:
         """Wait for nothing any more."""
@@ -75,7 +75,7 @@ class Residency:
         for digest in self._engine.held - self._registry.digests - gone.unnamed.keys():
             self._engine.forget(digest)
         freed = await asyncio.gather(*(self._engine.forget(digest) for digest in gone.unnamed))
-        await asyncio.wrap_future(self._registry.drained(gone.unnamed))
+        await asyncio.wrap_future(self._registry.stock.drained(gone.unnamed))
         if gone.name not in self._registry.directory.names:
             # Not before: the last request's tokens would make the series anew.
             self._metrics.forget_adapter(gone.name)

@@ -295,7 +295,8 @@ def load_model_and_threads(config: ServerConfig) -> LoadedModel:
 def register_folders(registry: AdapterRegistry, folders: Sequence[Path]) -> None:
     """Register every adapter in `folders`: a folder is an adapter or holds adapters, each named after its folder.
 
-    One that does not fit is logged and left out; the others are served.
+    One that does not fit is logged and left out; the others are served. What a name has had before stays as it is: a
+    later version that a client registered is not undone by a restart.
 
     Raises:
         ModelLoadError: if one of `folders` does not exist.
@@ -309,7 +310,7 @@ def register_folders(registry: AdapterRegistry, folders: Sequence[Path]) -> None
             logger.warning("--adapters %s holds no adapter (no */adapter_config.json)", folder)
         for candidate in candidates:
             try:
-                record = registry.register(candidate.resolve().name, candidate).record
+                record = registry.register(candidate.resolve().name, candidate, restore=False).record
             except LoraplexError as error:
                 logger.error("adapter %s is left out: %s", candidate, error)
             else:
