@@ -204,6 +204,6 @@ def test_only_the_latest_layouts_are_kept(
     ]
     for digest in digests:
         registry.load(digest)
-    intake: Intake = registry._stock._intake
+    intake: Intake = registry.stock._intake
     assert len(intake._layouts._known) == 2
     assert registry.load(digests[0]).modules
