@@ -54,6 +54,9 @@ def test_register_list_show_update(own: RunningServer, client: Client) -> None:
     shown = client.get_adapter("team/a1")
     assert (shown.rank, shown.target_modules) == (4, ("q_proj", "v_proj"))
     assert shown.size_bytes > 0
+    report = client.get_bind_report(shown.digest)
+    assert not report.problems
+    assert {(entry.rank, entry.scaling) for entry in report.entries} == {(4, 2.0)}
     assert client.update_adapter("team/a1", description="new").description == "new"
     assert client.update_adapter("team/a1").description == "new"
     assert client.get_adapter(f"team/a1@{shown.digest}").digest == shown.digest

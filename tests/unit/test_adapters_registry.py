@@ -206,6 +206,12 @@ def test_a_refused_adapter_changes_nothing_and_leaves_a_report(
     assert [e.subject for e in registry.bind_report(unread.value.report_id).problems] == ["use_qalora"]
     assert registry.resolve("a") == before
     assert blobs(tmp_path) == {before.digest}
+    good = registry.bind_report(before.digest)
+    assert (good.report_id, good.problems) == (before.digest, ())
+    assert {(entry.rank, entry.scaling) for entry in good.entries} == {(4, 2.0)}
+    assert len(good.entries) == len(tensors(tiny_base()))
+    with pytest.raises(NotFoundError):
+        registry.bind_report("sha256:" + "0" * 64)
     with pytest.raises(NotFoundError, match="no report"):
         registry.bind_report("unknown")
 

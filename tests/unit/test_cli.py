@@ -279,6 +279,16 @@ def test_adapter_changes(run: Run, server: FakeServer) -> None:
     assert len(json.loads(ok(run("adapter", "report", "rep-1", "--json")))["entries"]) == 2
 
 
+def test_the_report_on_a_registered_adapter(run: Run, server: FakeServer) -> None:
+    fits = adapter_pb2.BindEntry(subject="q.lora_A", module="layers.0.q", rank=8, scaling=2.0)
+    row = adapter_pb2.BindEntry(subject="norm.weight", module="norm.weight")
+    found = adapter_pb2.GetBindReportResponse(report_id=DIGEST, base_fingerprint="b", entries=[fits, row])
+    server.script["GetBindReport"] += [fail(grpc.StatusCode.NOT_FOUND, "no report a"), answer(found)]
+    lines = ok(run("adapter", "report", "a")).splitlines()
+    assert lines == ["q.lora_A -> layers.0.q (rank 8, scaling 2)", "norm.weight -> norm.weight"]
+    assert [seen.request.report_id for seen in server.seen["GetBindReport"]] == ["a", DIGEST]
+
+
 def test_merge_on_a_server(run: Run, server: FakeServer) -> None:
     arguments = ["--adapter", "a", "--output", "out", "--base", "dequantized", "--scale", "0.5"]
     result = run("merge", *arguments, "--server", server.target)

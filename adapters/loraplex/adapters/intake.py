@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from loraplex.adapters.binding import BaseModel, BindEntry, BindError, BindReport, BoundAdapter, bind
+from loraplex.adapters.binding import BaseModel, BindEntry, BindError, BindReport, BoundAdapter, bind, bind_report
+from loraplex.adapters.digest import is_digest
 from loraplex.adapters.directory import Version
 from loraplex.adapters.disk import disk_full_is_typed, sync_folder
 from loraplex.adapters.errors import CorruptStoreError, NotFoundError, PreconditionError
@@ -102,11 +103,14 @@ class Intake:
         return False
 
     def report(self, report_id: str) -> BindReport:
-        """Return the findings on one of the last 100 refused candidates.
+        """Return the findings on one of the last 100 refused candidates, or on what the store has under a digest.
 
         Raises:
-            NotFoundError: there is no such report (any more).
+            NotFoundError: there is no such report (any more), or no such digest.
+            CorruptStoreError: the files are not what the digest says.
         """
+        if is_digest(report_id):
+            return self._stored_report(report_id)
         with self._lock:
             report = self._reports.get(report_id)
         if report is None:
@@ -114,6 +118,15 @@ class Intake:
                 f"there is no report {report_id!r:.80}; the last {KEPT_REPORTS} are kept until a restart"
             )
         return report
+
+    def _stored_report(self, digest: str) -> BindReport:
+        folder = self._store.folder(digest)
+        try:
+            adapter = parse_adapter(AdapterFiles.read(folder), folder)
+        except (PreconditionError, OSError) as error:
+            raise CorruptStoreError(f"the stored weights of {digest} cannot be read: {error}") from error
+        _require(digest, adapter)
+        return replace(bind_report(adapter, self._base), report_id=digest)
 
     def _checked(self, files: AdapterFiles, folder: Path, digest: str = "") -> _Checked:
         """Check what was read from `folder` in full or, if all but the numbers is known, the numbers.

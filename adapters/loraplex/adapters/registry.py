@@ -254,10 +254,11 @@ class AdapterRegistry:
         return self.get(name)
 
     def bind_report(self, report_id: str) -> BindReport:
-        """Return the findings on one of the last 100 refused registrations.
+        """Return the findings on one of the last 100 refused registrations, or on the adapter with a digest.
 
         Raises:
-            NotFoundError: there is no such report (any more).
+            NotFoundError: there is no such report (any more), or no such adapter.
+            CorruptStoreError: the adapter's files are not what the digest says.
         """
         return self.stock.report(report_id)
 

@@ -258,20 +258,29 @@ def unpin(name: NameArgument, as_json: JsonOption = False, server: ServerOption 
 
 @app.command()
 def report(
-    report_id: Annotated[str, typer.Argument(help="The id that a refused registration gave.")],
+    subject: Annotated[
+        str, typer.Argument(help="The id that a refused registration gave, or the name or digest of an adapter.")
+    ],
     as_json: JsonOption = False,
     server: ServerOption = DEFAULT_SERVER,
 ) -> None:
-    """Show why an adapter does not fit the base model, tensor by tensor."""
+    """Show why an adapter does not fit the base model, or where each tensor of one that fits goes."""
     from loraplex.cli.output import print_json
+    from loraplex.client import NotFoundError
 
     with connect(server) as client:
-        found = client.get_bind_report(report_id)
+        try:
+            found = client.get_bind_report(subject)
+        except NotFoundError:
+            found = client.get_bind_report(client.get_adapter(subject).digest)
     if as_json:
         print_json(found)
         return
     for entry in found.problems:
         typer.echo(f"{entry.subject}: {entry.problem}")
+    for entry in () if found.problems else found.entries:
+        lora = f" (rank {entry.rank}, scaling {entry.scaling:g})" if entry.rank else ""
+        typer.echo(f"{entry.subject} -> {entry.module}{lora}")
     typer.echo(f"{len(found.problems)} of {len(found.entries)} entries do not fit {found.base_fingerprint}", err=True)
 
 

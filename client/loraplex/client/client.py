@@ -226,7 +226,7 @@ class Client:
         self._unary(requests.delete_alias(alias), timeout)
 
     def get_bind_report(self, report_id: str, *, timeout: float | None = None) -> BindReport:
-        """Return the whole report behind a refused registration (`PreconditionError.report_id`)."""
+        """Return the report behind a refused registration (`PreconditionError.report_id`), or on a digest."""
         return self._unary(requests.get_bind_report(report_id), timeout)
 
     def merge_adapter(

@@ -275,7 +275,7 @@ def delete_alias(alias: str) -> Call[None]:
 
 
 def get_bind_report(report_id: str) -> Call[BindReport]:
-    """Return the call for the report behind a refused registration."""
+    """Return the call for the report behind a refused registration, or on the adapter with a digest."""
     request = adapter_pb2.GetBindReportRequest(report_id=report_id)
     return Call(lambda stubs: stubs.adapters.GetBindReport, request, responses.bind_report)
 

@@ -926,6 +926,7 @@ class GetBindReportRequest(_message.Message):
 
     REPORT_ID_FIELD_NUMBER: _builtins.int
     report_id: _builtins.str
+    """The id that a refused registration gave, or the digest of a registered adapter."""
     def __init__(
         self,
         *,

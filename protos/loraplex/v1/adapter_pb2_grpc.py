@@ -186,7 +186,7 @@ class AdapterServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetBindReport(self, request, context):
-        """The whole report behind a refused registration.
+        """The whole report behind a refused registration, or on a registered adapter.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -53,7 +53,7 @@ class AdapterServiceStub:
     """Gives an alias back the targets that it had before the last change; again takes that back."""
     DeleteAlias: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.DeleteAliasRequest, _adapter_pb2.DeleteAliasResponse]
     GetBindReport: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.GetBindReportRequest, _adapter_pb2.GetBindReportResponse]
-    """The whole report behind a refused registration."""
+    """The whole report behind a refused registration, or on a registered adapter."""
 
 @_typing.type_check_only
 class AdapterServiceAsyncStub(AdapterServiceStub):
@@ -80,7 +80,7 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     """Gives an alias back the targets that it had before the last change; again takes that back."""
     DeleteAlias: _aio.UnaryUnaryMultiCallable[_adapter_pb2.DeleteAliasRequest, _adapter_pb2.DeleteAliasResponse]  # type: ignore[assignment]
     GetBindReport: _aio.UnaryUnaryMultiCallable[_adapter_pb2.GetBindReportRequest, _adapter_pb2.GetBindReportResponse]  # type: ignore[assignment]
-    """The whole report behind a refused registration."""
+    """The whole report behind a refused registration, or on a registered adapter."""
 
 class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
     """Registers adapters and tells what is registered. A name points at an immutable version, a digest of the content."""
@@ -182,6 +182,6 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapter_pb2.GetBindReportRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapter_pb2.GetBindReportResponse, _abc.Awaitable[_adapter_pb2.GetBindReportResponse]]:
-        """The whole report behind a refused registration."""
+        """The whole report behind a refused registration, or on a registered adapter."""
 
 def add_AdapterServiceServicer_to_server(servicer: AdapterServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
