@@ -311,6 +311,16 @@ def test_equal_memory_is_packed_once() -> None:
     assert packed_nbytes(twice, SITES, torch.float32, base.parameters()) == weight.nbytes
 
 
+def test_factors_are_not_used_at_another_scale() -> None:
+    base = Base.make(SITES)
+    packed = pack_adapter(
+        bound_adapter(base, {"qkv.0": Kind("dora")}, 2, 0), SITES, torch.float32, CPU, base.parameters()
+    )
+    for ops in OPS:
+        with pytest.raises(ValueError, match="scale 1 only"):
+            ops.prepare([Segment(0, 1, 0, 0.5)], {0: packed})
+
+
 def refused(bound: BoundAdapter, base: BaseParameters | None) -> str:
     with pytest.raises(ValueError, match="adapter") as caught:
         pack_adapter(bound, SITES, torch.float32, CPU, base)

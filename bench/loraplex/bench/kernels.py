@@ -21,16 +21,19 @@ from loraplex.server.attention.cpu import CpuAttention
 from loraplex.server.attention.interface import AttentionParams
 from loraplex.server.engine.batch import Batch
 from loraplex.server.engine.kv_cache import KVCache, KVCacheShape
+from loraplex.server.lora.base import BaseParameters
 from loraplex.server.lora.ops.cpu import CpuLoraOps
 from loraplex.server.lora.ops.reference import ReferenceLoraOps
 from loraplex.server.lora.packing import pack_adapter
 from loraplex.server.lora.segments import Segment, build_segments
 from loraplex.server.lora.weights import LinearSite, PackedAdapter
+from loraplex.server.models.linear import DenseLinear
 
 HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 576, 1536, 30, 9, 3, 64
 CONTEXT, BLOCK = 160, 16
 ADAPTERS = 16
 RANKS = {"8": (8,), "8-64": (8, 16, 32, 64)}
+DORA = ("8-64",)  # also timed with DoRA's factors
 ROWS = (1, 4, 16, 64)
 
 
@@ -72,14 +75,21 @@ def model_sites() -> tuple[LinearSite, ...]:
     return tuple(sites)
 
 
-def random_adapter(sites: Sequence[LinearSite], rank: int, dtype: torch.dtype) -> PackedAdapter:
-    """Return an adapter for all modules."""
+def random_adapter(
+    sites: Sequence[LinearSite], rank: int, dtype: torch.dtype, base: BaseParameters | None
+) -> PackedAdapter:
+    """Return an adapter for all modules; with a base, a DoRA."""
     modules = {
-        name: ModuleWeights(torch.randn(rank, site.in_features), torch.randn(end - start, rank), 1e-3)
+        name: ModuleWeights(
+            torch.randn(rank, site.in_features),
+            torch.randn(end - start, rank),
+            1e-3,
+            magnitude=None if base is None else torch.rand(end - start),
+        )
         for site in sites
         for name, (start, end) in site.targets.items()
     }
-    return pack_adapter(BoundAdapter(f"random-{rank}", modules), sites, dtype, torch.device("cpu"))
+    return pack_adapter(BoundAdapter(f"random-{rank}", modules), sites, dtype, torch.device("cpu"), base)
 
 
 def median_ms(function: Callable[[], None], repetitions: int) -> float:
@@ -105,9 +115,14 @@ def lora_line(
     sites: Sequence[LinearSite],
     base: Sequence[torch.Tensor],
     repetitions: int,
+    *,
+    dora: bool = False,
 ) -> Line:
     """Time all sites of a decode step whose rows name up to 16 adapters in turn."""
-    slots = {i: random_adapter(sites, RANKS[ranks][i % len(RANKS[ranks])], dtype) for i in range(min(rows, ADAPTERS))}
+    weights = [DenseLinear(weight) for weight in base]
+    known = BaseParameters(weights, {}, torch.float32, {}, {"embedding": (1, 1)}, "embedding") if dora else None
+    of_adapter = [RANKS[ranks][i % len(RANKS[ranks])] for i in range(min(rows, ADAPTERS))]
+    slots = {i: random_adapter(sites, rank, dtype, known) for i, rank in enumerate(of_adapter)}
     segments: tuple[Segment, ...] = build_segments(sorted((1, row % ADAPTERS, 1.0) for row in range(rows)))
     inputs = {size: torch.randn(rows, size) for size in {site.in_features for site in sites}}
     outputs = {size: torch.zeros(rows, size) for size in {site.out_features for site in sites}}
@@ -123,7 +138,7 @@ def lora_line(
 
     kernel, loop = CpuLoraOps(), ReferenceLoraOps()
     return Line(
-        f"LoRA rank {ranks}",
+        f"{'DoRA' if dora else 'LoRA'} rank {ranks}",
         dtype,
         rows,
         median_ms(lambda: run(kernel, False), repetitions),
@@ -196,6 +211,8 @@ def main() -> None:
         for rows in arguments.rows:
             for ranks in RANKS:
                 print_table([lora_line(ranks, dtype, rows, sites, base, arguments.repetitions).cells()])
+            for ranks in DORA:
+                print_table([lora_line(ranks, dtype, rows, sites, base, arguments.repetitions, dora=True).cells()])
             print_table([attention_line(dtype, rows, arguments.repetitions).cells()])
 
 

@@ -103,6 +103,11 @@ class PackedAdapter:
         return factors, bias
 
     @property
+    def holds_one_scale(self) -> bool:
+        """Whether its factors hold for scale 1 only (DoRA)."""
+        return any(site.factors is not None for site in self.changes.values())
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of all matrices; float32 for an adapter without any."""
         return next((s.a.dtype for slices in self.sites for s in slices), torch.float32)

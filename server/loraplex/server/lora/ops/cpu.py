@@ -17,6 +17,7 @@ import torch
 
 from loraplex.server.lora.changes import SiteChanges
 from loraplex.server.lora.ops import cpu_kernel as kernel
+from loraplex.server.lora.ops.interface import adapters_of
 from loraplex.server.lora.ops.site_changes import add_biases, change_output
 from loraplex.server.lora.segments import Segment
 from loraplex.server.lora.weights import PackedAdapter, SliceWeights
@@ -69,9 +70,10 @@ class CpuLoraOps:
 
         Raises:
             KeyError: if a segment names a slot that is not in `slots`.
-            ValueError: if adapters differ in dtype, or it is neither float32 nor bfloat16.
+            ValueError: if adapters differ in dtype, it is neither float32 nor bfloat16, or one does not hold for its
+                segment's scale.
         """
-        chosen = [(segment, slots[segment.slot]) for segment in segments if segment.end > segment.start]
+        chosen = adapters_of(segments, slots)
         adapters = tuple({id(adapter): adapter for _, adapter in chosen}.values())
         dtypes = {adapter.dtype for adapter in adapters if adapter.rank}
         if len(dtypes) > 1:

@@ -34,6 +34,7 @@ class LoraOps(Protocol):
 
         Raises:
             KeyError: if a segment names a slot that is not in `slots`.
+            ValueError: if its adapter does not hold for the segment's scale.
         """
         ...
 
@@ -54,6 +55,19 @@ class LoraOps(Protocol):
             ValueError: if shapes, strides or dtypes are not as above or a segment lies outside T.
         """
         ...
+
+
+def adapters_of(segments: Sequence[Segment], slots: Mapping[int, PackedAdapter]) -> list[tuple[Segment, PackedAdapter]]:
+    """Return each segment that is not empty with its adapter.
+
+    Raises:
+        KeyError, ValueError: as `LoraOps.prepare` does.
+    """
+    chosen = [(segment, slots[segment.slot]) for segment in segments if segment.end > segment.start]
+    for segment, adapter in chosen:
+        if segment.scale != 1 and adapter.holds_one_scale:
+            raise ValueError(f"adapter {adapter.digest} holds for scale 1 only, not for {segment}")
+    return chosen
 
 
 @dataclass(frozen=True)

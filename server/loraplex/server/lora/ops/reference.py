@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from loraplex.server.lora.changes import SiteChanges
+from loraplex.server.lora.ops.interface import adapters_of
 from loraplex.server.lora.segments import Segment
 from loraplex.server.lora.weights import PackedAdapter
 
@@ -27,7 +28,7 @@ class ReferenceLoraOps:
 
     def prepare(self, segments: Sequence[Segment], slots: Mapping[int, PackedAdapter]) -> _Prepared:
         """Look up each segment's adapter."""
-        return _Prepared(tuple((segment, slots[segment.slot]) for segment in segments))
+        return _Prepared(tuple(adapters_of(segments, slots)))
 
     def add(self, y: torch.Tensor, x: torch.Tensor, site: int, prepared: Any) -> None:
         """Do every segment's part to `y` in place."""
