@@ -124,6 +124,11 @@ _LLAMA: Sequence[PeftFormat] = (
     ),
     PeftFormat("dora-head", {"target_modules": ["q_proj", "lm_head"], "use_dora": True}),
     PeftFormat("alora", {"target_modules": _QV, "alora_invocation_tokens": list(INVOCATION)}),
+    PeftFormat(
+        "alora-head",
+        {"target_modules": ["v_proj", "lm_head"], "alora_invocation_tokens": list(INVOCATION)},
+        {"save_embedding_layers": False},
+    ),
     PeftFormat("alora-bias", {"target_modules": _QV, "alora_invocation_tokens": list(INVOCATION), "lora_bias": True}),
     PeftFormat("head", {"target_modules": ["q_proj", "lm_head"]}),
     PeftFormat("head-alone", {"target_modules": ["lm_head"]}, {"save_embedding_layers": False}),

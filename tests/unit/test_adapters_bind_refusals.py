@@ -130,6 +130,12 @@ def test_weights_of_the_base_that_nothing_declares(tmp_path: Path) -> None:
     assert "neither modules_to_save nor bias says" in problems(tmp_path, {key: torch.ones(HIDDEN)})[key]
 
 
+def test_weights_of_the_base_in_an_alora(tmp_path: Path) -> None:
+    key = f"{PREFIX}lm_head.base_layer.weight"
+    found = problems(tmp_path, {key: torch.ones(VOCAB, HIDDEN)}, alora_invocation_tokens=[1, 2])
+    assert "would act before the invocation tokens; save the adapter with save_embedding_layers=False" in found[key]
+
+
 def test_the_unused_original_of_a_module_trained_whole_is_in_order(tmp_path: Path) -> None:
     weights = tensors(tiny_base()) | {
         f"{PREFIX}lm_head.modules_to_save.weight": torch.ones(VOCAB, HIDDEN),

@@ -62,7 +62,10 @@ class MatrixBinding:
         copies = {self._naming.to_base(path): source for path, source in self._adapter.base_copies.items()}
         trained = {self._naming.to_base(path): source for path, source in self._adapter.parameters.items()}
         for name, source in copies.items():
-            if name in matrices:
+            if self._adapter.spec.invocation_tokens:
+                reason = "is a weight of the base, which would act before the invocation tokens"
+                self._refuse(source.key, f"{reason}; save the adapter with save_embedding_layers=False")
+            elif name in matrices:
                 self._place(name, source)
             elif name in trained:  # the module that it belongs to is not used
                 self.entries.append(BindEntry(source.key, name))
