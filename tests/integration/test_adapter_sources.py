@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event, Semaphore
 
 import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from loraplex.adapters.sources import SourcePolicy
 from loraplex.client import AliasTarget, Client, SamplingOptions
@@ -18,7 +21,9 @@ def url(folders: Folders) -> Iterator[str]:
     """An adapter in fsspec's memory, which test and server share."""
     files = fsspec.filesystem("memory")
     for path in fitting_adapter(folders.adapters / "one", seed=1).iterdir():
-        files.pipe_file(f"/adapters/one/{path.name}", path.read_bytes())
+        # Several, because those who read one file of fsspec's at the same time share its position.
+        for name in ("one", *map(str, range(6))):
+            files.pipe_file(f"/adapters/{name}/{path.name}", path.read_bytes())
     yield "memory://adapters/one"
     files.store.clear()
 
@@ -40,6 +45,32 @@ def test_an_adapter_by_url(folders: Folders, url: str) -> None:
         with pytest.raises(PreconditionError, match=f"more than the {1 << 20} bytes"):
             client.register_adapter("big", "memory://adapters/big")
         assert [adapter.name for adapter in client.list_adapters()] == ["by-path", "by-url"]
+
+
+@pytest.mark.usefixtures("url")
+def test_slow_sources_hold_up_nobody_else(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, go_on = Semaphore(0), Event()
+    open_file = MemoryFileSystem.open
+
+    def slow(*arguments: object, **options: object) -> object:
+        opened.release()
+        assert go_on.wait(60)
+        return open_file(*arguments, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "open", slow)
+    with (
+        RunningServer(folders, sources=SourcePolicy(("memory://adapters",))) as server,
+        server.client() as client,
+        ThreadPoolExecutor(6) as threads,
+    ):
+        slow_ones = [threads.submit(client.register_adapter, f"slow{n}", f"memory://adapters/{n}") for n in range(6)]
+        for _ in range(4):  # as many as the server reads at once
+            assert opened.acquire(timeout=30)
+        digest = client.upload_adapter("sent", folders.adapters / "one").adapter.digest
+        assert client.generate("x", "sent", max_tokens=1).adapter_digest == digest
+        assert [adapter.name for adapter in client.list_adapters()] == ["sent"]
+        go_on.set()
+        assert {registered.result(60).adapter.digest for registered in slow_ones} == {digest}
 
 
 def test_the_server_comes_back_with_what_it_had(folders: Folders) -> None:

@@ -108,7 +108,7 @@ def adapter(name: str) -> adapter_pb2.Adapter:
     message.aliases.append(f"{name}-alias")
     message.version, message.kind, message.source, message.owner = 2, "lora", "hf://org/repo", "me"
     message.tags.extend(["x", "y"])
-    message.default_sampling.temperature = 0.5
+    message.default_sampling.temperature = 0.7
     message.default_sampling.stop.append("END")
     message.request_count, message.prompt_tokens, message.generation_tokens = 7, 70, 700
     message.last_use_time.FromSeconds(1_700_000_100)

@@ -247,7 +247,7 @@ def test_adapter_list_and_show(run: Run, server: FakeServer) -> None:
     empty = run("adapter", "list")
     assert (ok(empty), empty.stderr) == ("", "no adapters\n")
     shown = ok(run("adapter", "show", "a"))
-    parts = (DIGEST, "q_proj, v_proj", "2023-11-14 22:13:20+00:00", "temperature=0.5, stop=('END',)", "hf://org/repo")
+    parts = (DIGEST, "q_proj, v_proj", "2023-11-14 22:13:20+00:00", "temperature=0.7, stop=('END',)", "hf://org/repo")
     for part in (*parts, "x, y", "7 requests, 70 prompt and 700 new tokens, last 2023-11-14 22:15:00+00:00", "1KiB"):
         assert part in shown
     assert json.loads(ok(run("adapter", "show", "a", "--json")))["rank"] == 8

@@ -98,7 +98,9 @@ def state(adapter: Adapter) -> str:
 def sampling_text(sampling: SamplingOptions) -> str:
     """Return the fields that are set."""
     values = {option.name: getattr(sampling, option.name) for option in fields(sampling)}
-    return ", ".join(f"{name}={value}" for name, value in values.items() if value not in (None, ()))
+    # Numbers travel as float32, in which 0.7 is 0.699999988.
+    texts = {name: f"{value:.6g}" if isinstance(value, float) else str(value) for name, value in values.items()}
+    return ", ".join(f"{name}={text}" for name, text in texts.items() if values[name] not in (None, ()))
 
 
 def targets_text(targets: Sequence[AliasTarget]) -> str:

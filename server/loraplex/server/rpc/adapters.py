@@ -46,15 +46,15 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
         metrics: Metrics,
         vocab_size: int,
         executor: Executor,
-        transfers: Executor,
+        fetching: Executor,
     ) -> None:
-        """`transfers` is for what takes long: while a slow source is read, everything else is answered."""
+        """`fetching` reads sources: while a slow one is read, everything else is answered."""
         self._registry = registry
         self._engine = engine
         self._residency = Residency(registry, engine, metrics)
         self._vocab_size = vocab_size
         self._executor = executor
-        self._transfers = transfers
+        self._fetching = fetching
         self._changing: set[asyncio.Task[Any]] = set()
 
     async def RegisterAdapter(self, request: pb.RegisterAdapterRequest, context: Context) -> pb.RegisterAdapterResponse:
@@ -63,7 +63,7 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
             raise InvalidRequestError.of("path", "is empty: give the adapter's folder on the server or a URL")
         change = given_metadata(request, self._vocab_size)
         call = functools.partial(self._registry.register, request.name, request.path, change, request.expected_digest)
-        registration = await self._change(call, self._transfers)
+        registration = await self._change(call, self._fetching)
         return pb.RegisterAdapterResponse(
             adapter=self._message(registration.record), previous_digest=registration.previous_digest or ""
         )
@@ -73,7 +73,7 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
     ) -> pb.UploadAdapterResponse:
         """Take an adapter's files, then register them like a folder."""
         try:
-            registration = await receive_upload(request_iterator, self._registry, self._vocab_size, self._transfers)
+            registration = await receive_upload(request_iterator, self._registry, self._vocab_size, self._executor)
         finally:
             self._residency.follow()
         return pb.UploadAdapterResponse(
@@ -84,7 +84,7 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
         self, request: pb.DownloadAdapterRequest, context: Context
     ) -> AsyncIterator[pb.DownloadAdapterResponse]:
         """Send the stored files; they stay until the last one is sent, whatever becomes of the name."""
-        async with aclosing(send_download(request.name, self._registry, self._transfers)) as messages:
+        async with aclosing(send_download(request.name, self._registry, self._executor)) as messages:
             async for message in messages:
                 yield message
 

@@ -227,8 +227,8 @@ async def _assemble(
         logger.warning("adapter %s", warning)
     metrics.set_max_rows(config.engine.max_num_seqs)
     metrics.set_model(_model_labels(config, model))
-    # Three pools, so that a request never waits behind administration, nor that behind uploads and slow sources; matrix
-    # products have their own threads.
+    # Three pools, so that a request never waits behind administration, nor that behind a slow source; matrix products
+    # have their own threads.
     admission = _executor("admission", cleanup)
     administration = _executor("administration", cleanup)
     model_limits = ModelLimits(model.vocab_size, limits.max_model_len)
@@ -236,8 +236,8 @@ async def _assemble(
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(
         GenerationServicer(engine, registry, tokenizer, model_limits, admission), grpc_server
     )
-    transfers = _executor("transfers", cleanup)
-    adapters = AdapterServicer(registry, engine, metrics, model.vocab_size, administration, transfers)
+    fetching = _executor("fetching", cleanup)
+    adapters = AdapterServicer(registry, engine, metrics, model.vocab_size, administration, fetching)
     cleanup.callback(adapters.close)
     adapter_pb2_grpc.add_AdapterServiceServicer_to_server(adapters, grpc_server)
     held = replace(SpeedSettings.of(config.model, THREADS), quantization=model.quantization)
