@@ -92,4 +92,4 @@ async def server_summary(client: AsyncClient) -> dict[str, Any]:
     """Return what of the server's description belongs beside a measurement: no paths."""
     info = await client.server_info()
     names = ("version", "architecture", "quantization", "dtype", "device", "max_num_seqs", "kv_blocks", "kv_block_size")
-    return {name: getattr(info, name) for name in (*names, "adapter_device_memory_bytes")}
+    return {name: getattr(info, name) for name in (*names, "adapter_device_memory_bytes", "vocab_size")}

@@ -211,3 +211,47 @@ def quality(
         )
     to_stdout().print(quality_table(document))
     write_result(document, output)
+
+
+@app.command()
+def growth(
+    quantization: Annotated[str, typer.Option(help="How the model is held.")] = "int8",
+    repeat: Annotated[int, typer.Option(help="Runs of each point.", min=1)] = 2,
+    most: Annotated[int, typer.Option(help="Rows and adapters of the largest point.", min=4)] = 128,
+    tokens: Annotated[int, typer.Option(help="Output tokens of each request.", min=1)] = 64,
+    model: Annotated[str, typer.Option(help="What is served: demo, or a Hugging Face folder.")] = "demo",
+    serve_args: Annotated[str, typer.Option(help="More arguments for the started server.")] = "",
+    output: Annotated[
+        Path, typer.Option("--json", help="Write the result here, and a chart beside it.", dir_okay=False)
+    ] = Path("bench/results/growth.json"),
+) -> None:
+    """Measure how a step grows with rows, distinct adapters, rank and context (about 10 minutes)."""
+    from loraplex.cli import bench_growth
+    from loraplex.cli.model import with_demo
+    from loraplex.cli.termination import sigterm_raises
+
+    bench = bench_growth.GrowthBench(
+        Path(with_demo(model)), quantization, repeat, most, tokens, shlex.split(serve_args)
+    )
+    with sigterm_raises():
+        completed = bench_growth.run(bench, output)
+    if not completed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def roofline(
+    output: Annotated[Path, typer.Option("--json", help="Write the result here.", dir_okay=False)] = Path(
+        "bench/results/roofline.json"
+    ),
+) -> None:
+    """Measure how fast this machine reads and multiplies, and what that allows for a step of W16 (seconds)."""
+    from loraplex.bench.roofline import measure_roofline, roofline_table, step_bounds
+    from loraplex.cli.bench_run import write_result
+    from loraplex.cli.output import to_stderr, to_stdout
+
+    with to_stderr().status("measuring"):
+        measured = measure_roofline()
+    document = {**measured, "step_bounds_ms": step_bounds(measured)}
+    to_stdout().print(roofline_table(document))
+    write_result(document, output)

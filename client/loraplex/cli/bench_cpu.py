@@ -17,7 +17,7 @@ from loraplex.bench.charts import draw_cpu
 from loraplex.bench.cpu_report import cpu_document, cpu_table
 from loraplex.bench.cpu_run import Measurements, ServerUnderTest, agreement_with_alone, run_all
 from loraplex.bench.load import load_client
-from loraplex.bench.process_memory import resident_mb
+from loraplex.bench.process_memory import budgets_mb, resident_mb
 from loraplex.bench.random_adapter import ModelShape
 from loraplex.bench.server_process import ServerProcess
 from loraplex.cli.bench_run import rate_bar, write_result
@@ -64,6 +64,8 @@ def run(bench: CpuBench, output: Path) -> bool:
             measurements, facts = asyncio.run(_measure(bench, servers, folders, bar))
             rss_mb = {name: resident_mb(server.pid) for name, server in servers.items()}
     document = cpu_document(measurements, ready_s, rss_mb) | facts
+    shape = ModelShape.of(bench.model)
+    document["budgets_mb"] = {name: budgets_mb(each, shape) for name, each in facts["server"].items()}
     to_stdout().print(cpu_table(document))
     write_result({**document, "short": bench.short}, output)
     draw_cpu(document, output.with_suffix(".png"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,7 +90,7 @@ def environ_of(peer: Peer, folder: Path, threads: int) -> dict[str, str]:
     """Return what is set for the processes of `peer`, whose environment lies in `folder`.
 
     vLLM gets what its documentation asks for: Intel's OpenMP, which its package brings, and tcmalloc where the machine
-    has it, loaded first.
+    has it, loaded first; and as many CPUs as the others have, where by default it leaves one to its front end.
     """
     environ = {
         "OMP_NUM_THREADS": str(threads),
@@ -102,6 +103,7 @@ def environ_of(peer: Peer, folder: Path, threads: int) -> dict[str, str]:
         environ |= {
             "LD_PRELOAD": ":".join(map(str, first)),
             "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0))[:threads])),
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_LOGGING_LEVEL": "WARNING",
         }

@@ -13,8 +13,9 @@ scale or a wrong weight far more."""
 BASE = ""
 
 
-CLEARLY = 1.5
-"""A row is wrong if something else explains it with so many times less regret; rounding alone makes near-ties."""
+CLEARLY, SLACK = 1.5, 0.02
+"""A row is wrong if its own adapter leaves more regret than so many times another's, and so many nats: rounding alone
+makes near-ties."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def judge(scores: Sequence[Sequence[tuple[float, float]]]) -> Verdict:
     others = [min(other[0] for other in row[1:]) for row in scores]
     return Verdict(
         rows=len(scores),
-        rows_right=sum(mine <= CLEARLY * other for mine, other in zip(own, others, strict=True)),
+        rows_right=sum(mine <= CLEARLY * other + SLACK for mine, other in zip(own, others, strict=True)),
         regret=fmean(own),
         other_regret=fmean(others),
         greedy_share=fmean(row[0][1] for row in scores),

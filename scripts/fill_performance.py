@@ -1,0 +1,41 @@
+"""Writes what the bench commands measured (bench/results/*.json) into docs/PERFORMANCE.md, and draws its charts.
+
+loraplex bench roofline; make bench-cpu; loraplex bench growth; loraplex bench quality; make bench-peers
+python scripts/fill_performance.py
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from loraplex.bench.charts import draw_cpu, draw_growth, draw_peers
+from loraplex.bench.performance_page import fill
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "PERFORMANCE.md"
+IMAGES = ROOT / "docs" / "images"
+RESULTS = ROOT / "bench" / "results"
+NAMES = ("cpu", "peers", "growth", "quality", "roofline")
+CHARTS: dict[str, Callable[[Any, Path], None]] = {"cpu": draw_cpu, "growth": draw_growth, "peers": draw_peers}
+
+
+def main() -> None:
+    """Fill the page from whatever results there are."""
+    documents = {
+        name: json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+        for name in NAMES
+        if (RESULTS / f"{name}.json").is_file()
+    }
+    PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), documents), encoding="utf-8")
+    for name, draw in CHARTS.items():
+        if name in documents:
+            draw(documents[name], IMAGES / f"{name}.png")
+    print(f"filled from {', '.join(documents) or 'nothing'}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
