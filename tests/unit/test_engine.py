@@ -393,3 +393,26 @@ def test_the_observer_sees_every_token_and_request_once() -> None:
     assert len(recorder.requests) == 6
     assert recorder.steps[-1].num_preemptions > 0, "the pool was meant to be too small"
     assert recorder.steps[-1].num_running == 0
+
+
+def test_choices_of_one_request_that_cannot_return_end_it_together() -> None:
+    outbox = Outbox()
+    engine = make_engine(
+        outbox, num_blocks=8, capacity=100, host_capacity=200, load=lambda digest: packed(digest, 60), max_model_len=32
+    )
+    engine.submit(AddRequest(request("old", [1, 2, 3, 4], max_tokens=28, ignore_eos=True)))
+    engine.step()
+    engine.submit(AddRequest(request("two", [5, 6], adapter_digest="x", n=2, max_tokens=26, ignore_eos=True)))
+    scheduler = engine._parts.scheduler
+    for _ in range(1000):
+        engine.step()
+        if scheduler.num_preemptions >= 2 and len(scheduler.running) == 1:
+            break
+    assert [seq.request.request_id for seq in scheduler.running] == ["old"]
+    # The pinned adapter takes the place that both choices need to come back.
+    engine.submit(PinAdapter("big"))
+    run(engine)
+    assert isinstance(outbox.last("two").error, ResourceExhaustedError)
+    assert sum(output.finished for output in outbox.outputs["two"]) == 1
+    assert outbox.tokens("old") == expected_tokens([1, 2, 3, 4], 28)
+    check_integrity(engine)

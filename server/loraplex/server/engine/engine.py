@@ -119,8 +119,7 @@ class Engine:
         self._parts.slots.poll()
         self._expire(start)
         plan = self._parts.scheduler.schedule(start)
-        for seq, error in plan.failed:
-            self._fail(self._active[seq.request.request_id], error)
+        plan = self._without_failed(plan)
         if plan.scheduled:
             self._run(plan, start)
         else:
@@ -130,6 +129,19 @@ class Engine:
         self._report_adapters()
         self._flush()
         return bool(plan.scheduled)
+
+    def _without_failed(self, plan: StepPlan) -> StepPlan:
+        """End the requests whose adapters cannot be loaded; return what is left to run.
+
+        Several choices of one request may fail in one step, or one fail and another be scheduled.
+        """
+        for seq, error in plan.failed:
+            if (active := self._active.get(seq.request.request_id)) is not None:
+                self._fail(active, error)
+        if not plan.failed:
+            return plan
+        alive = tuple(item for item in plan.scheduled if item.seq.request.request_id in self._active)
+        return StepPlan(alive, failed=())
 
     def _drain_commands(self) -> None:
         while True:
