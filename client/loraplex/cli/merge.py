@@ -10,6 +10,7 @@ import typer
 from loraplex.cli.connection import JsonOption
 from loraplex.cli.model import with_demo
 from loraplex.cli.sizes import parse_size
+from loraplex.cli.weights import parse_weights
 
 if TYPE_CHECKING:
     from loraplex.client import MergeProgress
@@ -100,20 +101,9 @@ def merge(
 
 def _weights(adapters: list[str], scale: float | None) -> dict[str, float]:
     """Return name or folder to weight; a single adapter without one takes `scale`."""
-    found: dict[str, float] = {}
-    for text in adapters:
-        name, equals, number = text.rpartition("=")
-        weighted = bool(equals and name)
-        try:
-            weight = float(number) if weighted else 1.0
-        except ValueError as error:
-            raise typer.BadParameter(f"{number!r} in {text!r} is no weight", param_hint="--adapter") from error
-        name = name if weighted else text
-        if name in found:
-            raise typer.BadParameter(f"{name} is given twice", param_hint="--adapter")
-        found[name] = weight
-    if scale is not None:
-        if len(found) > 1 or any("=" in text for text in adapters):
-            raise typer.BadParameter("is for one adapter without a weight of its own", param_hint="--scale")
-        found = dict.fromkeys(found, scale)
-    return found
+    found = parse_weights(adapters, "--adapter")
+    if scale is None:
+        return found
+    if len(found) > 1 or any("=" in text for text in adapters):
+        raise typer.BadParameter("is for one adapter without a weight of its own", param_hint="--scale")
+    return dict.fromkeys(found, scale)
