@@ -14,6 +14,7 @@ from enum import StrEnum
 
 import torch
 
+from loraplex.adapters.bnb import import_bitsandbytes
 from loraplex.adapters.errors import FieldViolation
 
 DEFAULT_DENSITY = 0.5
@@ -84,6 +85,7 @@ def mix(mixing: Mixing, subject: str, updates: Sequence[torch.Tensor], weights: 
         for update, weight in zip(updates[1:], weights[1:], strict=True):
             total += update * weight
         return total
+    import_bitsandbytes()  # before PEFT does
     from peft.utils import merge_utils
 
     density = DEFAULT_DENSITY if mixing.density is None else mixing.density

@@ -26,7 +26,7 @@ class StreamedModel:
         Raises:
             PreconditionError: if transformers does not know the model without code from elsewhere.
         """
-        self.model = _empty_model(folder)
+        self.model = empty_model(folder)
         self._weights = weights
         self._on_module = on_module
         self._empty: dict[torch.nn.Module, dict[str, torch.nn.Parameter | None]] = {}
@@ -58,7 +58,12 @@ class StreamedModel:
         module._parameters.update(self._empty.pop(module, {}))
 
 
-def _empty_model(folder: Path) -> Any:
+def empty_model(folder: Path) -> Any:
+    """Return the causal language model whose config lies in `folder`, without weights, ready to evaluate.
+
+    Raises:
+        PreconditionError: if transformers does not know the model without code from elsewhere.
+    """
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 

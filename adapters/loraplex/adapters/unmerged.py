@@ -95,7 +95,9 @@ def _low_rank(base: ModelFolder, name: str, weights: ModuleWeights, weight: floa
 def _embedding(low: EmbeddingWeights, weight: float) -> Callable[..., torch.Tensor]:
     def add(module: torch.nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         rows = low.a.float().t()[args[0]]
-        return output + weight * low.scaling * torch.nn.functional.linear(rows, low.b.float())
+        update = torch.nn.functional.linear(rows, low.b.float())
+        # A module that multiplies its embeddings (Gemma 3) multiplies the sum.
+        return output + weight * low.scaling * update * getattr(module, "embed_scale", 1.0)
 
     return add
 
@@ -116,7 +118,7 @@ def _attach_matrix(model: Any, base: ModelFolder, name: str, blend: Blend) -> No
         zeros = torch.zeros(change.updates[0].matrix().shape)
         matrix = change.apply(name, zeros, blend.mixing)
         if name == base.embedding:
-            return output + matrix[args[0]]
+            return output + matrix[args[0]] * getattr(module, "embed_scale", 1.0)
         return output + torch.nn.functional.linear(args[0], matrix)
 
     model.get_submodule(name.removesuffix(".weight")).register_forward_hook(add, prepend=True)

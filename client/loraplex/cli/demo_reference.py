@@ -31,35 +31,16 @@ def main() -> None:
 
 def unmerged_texts(model: str, adapter: str, quantization: str, prompts: Sequence[str], max_tokens: int) -> list[str]:
     """Return what `model`, quantized and dequantized, writes with `adapter` beside it; both are folders."""
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
+    from loraplex.adapters.reference import adapted_model
 
-    base: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
-    dequantize(base, quantization)
-    adapted = PeftModel.from_pretrained(base.to(torch.float32), adapter).eval()
-    return _answers(adapted, model, prompts, max_tokens)
+    return _answers(adapted_model(Path(model), Path(adapter), quantization), model, prompts, max_tokens)
 
 
 def merged_texts(folder: str, prompts: Sequence[str], max_tokens: int) -> list[str]:
     """Return what the merged model in `folder` writes."""
-    import torch
-    from transformers import AutoModelForCausalLM
+    from loraplex.adapters.reference import plain_model
 
-    return _answers(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), folder, prompts, max_tokens)
-
-
-def dequantize(model: Any, quantization: str) -> None:
-    """Replace the weights of the layers by the values that the server's quantized ones stand for, in float32."""
-    import torch
-
-    from loraplex.server.models.quantization import make_linear
-
-    cpu = torch.device("cpu")
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and name != "lm_head":
-            linear = make_linear([module.weight.data], quantization, torch.float32, cpu, "packed")
-            module.weight.data = linear.dequantize()
+    return _answers(plain_model(Path(folder)), folder, prompts, max_tokens)
 
 
 def _answers(model: Any, folder: str | Path, prompts: Sequence[str], max_tokens: int) -> list[str]:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from loraplex.cli import adapter, bench, demo, generate, merge, model, serve
+from loraplex.cli import adapter, bench, compress, demo, generate, merge, model, serve, verify
 from loraplex.cli.reporting import ReportingGroup
 
 app = typer.Typer(
@@ -19,6 +19,8 @@ app = typer.Typer(
 )
 app.command("serve")(serve.serve)
 app.command("generate")(generate.generate)
+adapter.app.command("verify")(verify.verify)
+adapter.app.command("compress")(compress.compress)
 app.add_typer(adapter.app, name="adapter")
 app.command("merge")(merge.merge)
 app.add_typer(model.app, name="model")

@@ -258,6 +258,7 @@ def server_info(message: server_pb2.GetServerInfoResponse) -> ServerInfo:
         target_modules=tuple(message.target_modules),
         adapter_device_memory_bytes=message.adapter_device_memory_bytes,
         export_root=message.export_root,
+        model_path=message.model_path,
     )
 
 

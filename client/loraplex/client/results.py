@@ -237,3 +237,4 @@ class ServerInfo:
     target_modules: tuple[str, ...]
     adapter_device_memory_bytes: int
     export_root: str
+    model_path: str

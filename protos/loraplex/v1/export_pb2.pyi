@@ -250,7 +250,7 @@ class MergeAdapterResponse(_message.Message):
     SPEED_FIELD_NUMBER: _builtins.int
     ADAPTER_DIGESTS_FIELD_NUMBER: _builtins.int
     tensors_done: _builtins.int
-    """Tensors written so far, and how many there are."""
+    """Parameters written so far, and how many there are; in the phases after "merging", steps of that phase."""
     tensors_total: _builtins.int
     output_path: _builtins.str
     """Only in the last message: the folder that was written."""

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18loraplex/v1/server.proto\x12\x0bloraplex.v1\"\x16\n\x14GetServerInfoRequest\"\xf0\x02\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12\x18\n\x10\x62\x61se_fingerprint\x18\x04 \x01(\t\x12\x14\n\x0cquantization\x18\x05 \x01(\t\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x07 \x01(\t\x12\x15\n\rmax_model_len\x18\x08 \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\t \x01(\r\x12\x11\n\tkv_blocks\x18\n \x01(\r\x12\x15\n\rkv_block_size\x18\x0b \x01(\r\x12\x12\n\nvocab_size\x18\x0c \x01(\r\x12\x15\n\reos_token_ids\x18\r \x03(\r\x12\x16\n\x0etarget_modules\x18\x0e \x03(\t\x12#\n\x1b\x61\x64\x61pter_device_memory_bytes\x18\x0f \x01(\x04\x12\x13\n\x0b\x65xport_root\x18\x10 \x01(\t2g\n\rServerService\x12V\n\rGetServerInfo\x12!.loraplex.v1.GetServerInfoRequest\x1a\".loraplex.v1.GetServerInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18loraplex/v1/server.proto\x12\x0bloraplex.v1\"\x16\n\x14GetServerInfoRequest\"\x84\x03\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12\x18\n\x10\x62\x61se_fingerprint\x18\x04 \x01(\t\x12\x14\n\x0cquantization\x18\x05 \x01(\t\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x07 \x01(\t\x12\x15\n\rmax_model_len\x18\x08 \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\t \x01(\r\x12\x11\n\tkv_blocks\x18\n \x01(\r\x12\x15\n\rkv_block_size\x18\x0b \x01(\r\x12\x12\n\nvocab_size\x18\x0c \x01(\r\x12\x15\n\reos_token_ids\x18\r \x03(\r\x12\x16\n\x0etarget_modules\x18\x0e \x03(\t\x12#\n\x1b\x61\x64\x61pter_device_memory_bytes\x18\x0f \x01(\x04\x12\x13\n\x0b\x65xport_root\x18\x10 \x01(\t\x12\x12\n\nmodel_path\x18\x11 \x01(\t2g\n\rServerService\x12V\n\rGetServerInfo\x12!.loraplex.v1.GetServerInfoRequest\x1a\".loraplex.v1.GetServerInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,7 +34,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETSERVERINFOREQUEST']._serialized_start=41
   _globals['_GETSERVERINFOREQUEST']._serialized_end=63
   _globals['_GETSERVERINFORESPONSE']._serialized_start=66
-  _globals['_GETSERVERINFORESPONSE']._serialized_end=434
-  _globals['_SERVERSERVICE']._serialized_start=436
-  _globals['_SERVERSERVICE']._serialized_end=539
+  _globals['_GETSERVERINFORESPONSE']._serialized_end=454
+  _globals['_SERVERSERVICE']._serialized_start=456
+  _globals['_SERVERSERVICE']._serialized_end=559
 # @@protoc_insertion_point(module_scope)

@@ -53,6 +53,7 @@ class GetServerInfoResponse(_message.Message):
     TARGET_MODULES_FIELD_NUMBER: _builtins.int
     ADAPTER_DEVICE_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     EXPORT_ROOT_FIELD_NUMBER: _builtins.int
+    MODEL_PATH_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     model: _builtins.str
     architecture: _builtins.str
@@ -70,6 +71,8 @@ class GetServerInfoResponse(_message.Message):
     adapter_device_memory_bytes: _builtins.int
     export_root: _builtins.str
     """Where MergeAdapter writes; empty if exports are off."""
+    model_path: _builtins.str
+    """The base model's Hugging Face folder, on the server's machine."""
     @_builtins.property
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -95,10 +98,11 @@ class GetServerInfoResponse(_message.Message):
         target_modules: _abc.Iterable[_builtins.str] | None = ...,
         adapter_device_memory_bytes: _builtins.int = ...,
         export_root: _builtins.str = ...,
+        model_path: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_device_memory_bytes", b"adapter_device_memory_bytes", "architecture", b"architecture", "base_fingerprint", b"base_fingerprint", "device", b"device", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "export_root", b"export_root", "kv_block_size", b"kv_block_size", "kv_blocks", b"kv_blocks", "max_model_len", b"max_model_len", "max_num_seqs", b"max_num_seqs", "model", b"model", "quantization", b"quantization", "target_modules", b"target_modules", "version", b"version", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_device_memory_bytes", b"adapter_device_memory_bytes", "architecture", b"architecture", "base_fingerprint", b"base_fingerprint", "device", b"device", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "export_root", b"export_root", "kv_block_size", b"kv_block_size", "kv_blocks", b"kv_blocks", "max_model_len", b"max_model_len", "max_num_seqs", b"max_num_seqs", "model", b"model", "model_path", b"model_path", "quantization", b"quantization", "target_modules", b"target_modules", "version", b"version", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

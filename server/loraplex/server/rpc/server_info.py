@@ -33,6 +33,7 @@ def server_info(config: ServerConfig, model: LoadedModel, limits: EngineLimits) 
         target_modules=sorted({name.rsplit(".", 1)[-1] for name in model.base.modules}),
         adapter_device_memory_bytes=config.engine.adapter_device_memory,
         export_root=str(config.export_root or ""),
+        model_path=str(model.path.resolve()),
     )
 
 
