@@ -1,4 +1,4 @@
-"""Writes what the bench commands measured (bench/results/*.json) into docs/PERFORMANCE.md, and draws its charts.
+"""Writes what the bench commands measured (bench/results/*.json) into docs/PERFORMANCE.md and README.md, with charts.
 
 loraplex bench roofline; make bench-cpu; loraplex bench growth; loraplex bench quality; make bench-peers
 python scripts/fill_performance.py
@@ -13,24 +13,25 @@ from pathlib import Path
 from typing import Any
 
 from loraplex.bench.charts import draw_cpu, draw_growth, draw_peers
-from loraplex.bench.performance_page import fill
+from loraplex.bench.performance_page import PERFORMANCE_PARTS, README_PARTS, fill
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "PERFORMANCE.md"
+PAGES = {ROOT / "docs" / "PERFORMANCE.md": PERFORMANCE_PARTS, ROOT / "README.md": README_PARTS}
 IMAGES = ROOT / "docs" / "images"
 RESULTS = ROOT / "bench" / "results"
-NAMES = ("cpu", "peers", "growth", "quality", "roofline")
+NAMES = ("cpu", "peers", "peers-machine", "growth", "quality", "roofline")
 CHARTS: dict[str, Callable[[Any, Path], None]] = {"cpu": draw_cpu, "growth": draw_growth, "peers": draw_peers}
 
 
 def main() -> None:
-    """Fill the page from whatever results there are."""
+    """Fill the pages from whatever results there are."""
     documents = {
         name: json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
         for name in NAMES
         if (RESULTS / f"{name}.json").is_file()
     }
-    PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), documents), encoding="utf-8")
+    for page, parts in PAGES.items():
+        page.write_text(fill(page.read_text(encoding="utf-8"), documents, parts), encoding="utf-8")
     for name, draw in CHARTS.items():
         if name in documents:
             draw(documents[name], IMAGES / f"{name}.png")

@@ -10,7 +10,7 @@ import pytest
 from loraplex.bench.cpu_report import TEXTS, cpu_document, cpu_table
 from loraplex.bench.cpu_run import Measurement, common_share
 from loraplex.bench.load import LoadResult, RequestResult
-from loraplex.bench.performance_page import PARTS, PageError, fill
+from loraplex.bench.performance_page import PERFORMANCE_PARTS, README_PARTS, PageError, fill
 from loraplex.bench.process_memory import budgets_mb, resident_mb
 from loraplex.bench.random_adapter import ModelShape
 from loraplex.bench.report import Report
@@ -19,6 +19,7 @@ from loraplex.bench.step_meter import StepMeter
 from loraplex.bench.workload import Workload
 
 PAGE = Path(__file__).parents[2] / "docs" / "PERFORMANCE.md"
+README = Path(__file__).parents[2] / "README.md"
 MACHINE = {"usable_cpus": 2, "cpu_model": "a CPU", "cpu_capabilities": ["avx2"]}
 CASES = ("base", "same", "mixed", "mixed_r8", "one_stream", "rows64_r8", "rows1", "rows4", "rows64", "ttft_512")
 
@@ -62,16 +63,16 @@ def test_the_document_has_medians_spread_and_what_lora_adds() -> None:
 
 def test_the_page_has_every_part_and_takes_figures_from_documents_only() -> None:
     page = PAGE.read_text()
-    assert fill(page, {}) == page
-    filled = fill(page, {"cpu": cpu()})
+    assert fill(page, {}, PERFORMANCE_PARTS) == page
+    filled = fill(page, {"cpu": cpu()}, PERFORMANCE_PARTS)
     assert "| mixed, 16 adapters of ranks 8 to 64 |  | >= 470 tok/s | 1.5 |" in filled
     assert "| memory beside weights and budgets |  | <= 600 MB (NF4) | 900.0 |" in filled
     assert "at abc on 2 cores of a CPU (avx2)" in filled
-    assert fill(filled, {"cpu": cpu()}) == filled, "filling twice changes nothing"
-    for name in PARTS:
-        assert f"<!-- generated: {name} -->" in page
+    assert fill(filled, {"cpu": cpu()}, PERFORMANCE_PARTS) == filled, "filling twice changes nothing"
+    for text, parts in ((page, PERFORMANCE_PARTS), (README.read_text(), README_PARTS)):
+        assert all(f"<!-- generated: {name} -->" in text for name in parts)
     with pytest.raises(PageError, match="targets"):
-        fill("no parts", {"cpu": cpu()})
+        fill("no parts", {"cpu": cpu()}, PERFORMANCE_PARTS)
 
 
 def test_only_right_peers_compete() -> None:
@@ -87,10 +88,17 @@ def test_only_right_peers_compete() -> None:
         {**entry, "system": "wrong", "correct": False},
         {**entry, "system": "right", "mixed_tok_s": 40.0, "correct": True},
     ]
-    filled = fill(PAGE.read_text(), {"cpu": cpu(), "peers": peers})
+    filled = fill(PAGE.read_text(), {"cpu": cpu(), "peers": peers}, PERFORMANCE_PARTS)
     assert "40.0 (right)" in filled
     assert "(wrong)" not in filled
     assert "| wrong | 50.0 | 90.0 | - | 5.0 | 1.0 | **wrong** | 1; in process |" in filled
+
+
+def test_the_readme_says_where_its_chart_comes_from() -> None:
+    about = {"machine": MACHINE, "commit": "abc"}
+    filled = fill(README.read_text(), {"peers": [], "peers-machine": about}, README_PARTS)
+    assert "(docs/images/peers.png)" in filled
+    assert "`make bench-peers` at abc on 2 cores of a CPU" in filled
 
 
 def test_bounds_are_work_over_rate() -> None:

@@ -1,4 +1,4 @@
-"""Fills the generated parts of docs/PERFORMANCE.md from the documents that the bench commands wrote.
+"""Fills the generated parts of docs/PERFORMANCE.md and README.md from the documents that the bench commands wrote.
 
 A part begins with `<!-- generated: NAME -->` and ends with `<!-- end -->`. What was not measured leaves its part alone.
 """
@@ -10,20 +10,24 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 Documents = Mapping[str, Any]
-"""What the commands wrote, by the file's name without its ending: cpu, peers, growth, quality, roofline."""
+"""What the commands wrote, by the file's name without its ending."""
 
 
 class PageError(ValueError):
     """The page has no part of a name that is to be filled."""
 
 
-def fill(page: str, documents: Documents) -> str:
-    """Return `page` with every part replaced for which `documents` has what it needs.
+Parts = Mapping[str, tuple[Sequence[str], Callable[[Documents], str]]]
+"""A page's parts: which documents each needs, and what makes it."""
+
+
+def fill(page: str, documents: Documents, parts: Parts) -> str:
+    """Return `page` with every part of `parts` replaced for which `documents` has what it needs.
 
     Raises:
         PageError: if the page lacks a part.
     """
-    for name, (needed, make) in PARTS.items():
+    for name, (needed, make) in parts.items():
         if all(key in documents for key in needed):
             page = _replace(page, name, make(documents))
     return page
@@ -73,7 +77,15 @@ def peers_part(documents: Documents) -> str:
             rows.append([entry["system"], *(_text(entry[key]) for key in keys), answers[entry["correct"]], how])
         if entry["reason"]:
             missing.append(f"- {entry['system']}: {entry['reason'].splitlines()[0]}")
-    return "\n\n".join([_table(header, rows), *(["\n".join(missing)] if missing else [])])
+    chart = "![Output tokens per second of every system](images/peers.png)"
+    return "\n\n".join([chart, _table(header, rows), *(["\n".join(missing)] if missing else [])])
+
+
+def readme_chart(documents: Documents) -> str:
+    """Return the chart of all systems, and the command that draws it."""
+    machine = documents["peers-machine"]
+    chart = "![Output tokens per second of every system, answers judged by PEFT](docs/images/peers.png)"
+    return f"{chart}\n\n{_origin('make bench-peers', machine)}"
 
 
 def quality_part(documents: Documents) -> str:
@@ -116,19 +128,20 @@ def growth_part(documents: Documents) -> str:
         step = ", ".join(f"{point['x']}: {point['step_ms']:.1f}" for point in points if point["step_ms"])
         rows.append([sweep["x"], sweep["what"], rate, step])
     origin = _origin("loraplex bench growth", growth)
-    return f"{origin} Held as {growth['quantization']}.\n\n" + _table(
+    chart = "![Tokens per second and step time against rows, adapters, rank and context](images/growth.png)"
+    return f"{chart}\n\n{origin} Held as {growth['quantization']}.\n\n" + _table(
         ["grows", "with", "tok/s", "decode step, ms"], rows
     )
 
 
-PARTS: dict[str, tuple[Sequence[str], Callable[[Documents], str]]] = {
+PERFORMANCE_PARTS: Parts = {
     "targets": (["cpu"], targets),
     "peers": (["peers"], peers_part),
     "roofline": (["roofline"], roofline_part),
     "growth": (["growth"], growth_part),
     "quality": (["quality"], quality_part),
 }
-"""The page's parts: which documents each needs, and what makes it."""
+README_PARTS: Parts = {"chart": (["peers", "peers-machine"], readme_chart)}
 
 
 def _replace(page: str, name: str, text: str) -> str:
