@@ -32,6 +32,8 @@ def test_short_form_keeps_the_budgets_and_answers_right(model_folder: Path, tmp_
         assert document[f"{tier}_evictions"] > 0
     assert 0 <= document["waste_mixed_ranks"] <= 0.25
     assert 0 < document["load_ms_p50"] <= document["load_ms_p99"]
+    assert document["warm"]["requests"] == 24
+    assert 0 < document["warm"]["loads_from_disk"] <= 24
     assert document["failed_requests"] == 0
     # The tiny model is float32: what is answered under evictions must be what single requests are answered.
     assert document["same_as_alone"] == 1.0

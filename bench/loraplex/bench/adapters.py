@@ -103,12 +103,18 @@ class AdapterBench:
 
 @dataclass(frozen=True)
 class Runs:
-    """Reports of both servers, pairs of runs taken in turn; the first pair met empty tiers."""
+    """Reports of both servers, pairs of runs taken in turn; the first pair met empty tiers.
+
+    `filled` is what the larger server's metrics said when its tiers were filled, before the warm runs, and `ended`
+    after them.
+    """
 
     cold_few: Report
     cold_many: Report
     few: tuple[Report, ...]
     many: tuple[Report, ...]
+    filled: Scrape
+    ended: Scrape
 
     @property
     def all(self) -> tuple[Report, ...]:
@@ -151,13 +157,14 @@ async def compare(
     for server in (few, many):
         await run(server, seed=0)
     await fill(bench, many, names)
+    filled = Scrape.of(many.metrics_url)
     for repetition in range(1, bench.repeat + 1):
         # Now the one first, now the other: what changes slowly on the machine meets both alike.
         for server in (few, many) if repetition % 2 else (many, few):
             await run(server, seed=repetition)
     cold_few, *warm_few = reports[few.target]
     cold_many, *warm_many = reports[many.target]
-    return Runs(cold_few, cold_many, tuple(warm_few), tuple(warm_many))
+    return Runs(cold_few, cold_many, tuple(warm_few), tuple(warm_many), filled, Scrape.of(many.metrics_url))
 
 
 async def fill(bench: AdapterBench, server: ServerUnderTest, names: Sequence[str]) -> None:

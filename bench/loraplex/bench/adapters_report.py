@@ -19,27 +19,37 @@ MAX_GROWTH = 0.05
 
 
 def memory_figures(scrape: Scrape) -> dict[str, Any]:
-    """Return what the larger server says of its tiers at the end."""
+    """Return what the larger server says of its tiers at the end, over all runs."""
     figures: dict[str, Any] = {}
     for tier in ("device", "host"):
         for key, name in (
             ("bytes_budget", "adapter_memory_capacity_bytes"),
             ("bytes_peak", "adapter_memory_peak_bytes"),
-            ("loads", "adapter_loads_total"),
             ("evictions", "adapter_evictions_total"),
         ):
             figures[f"{tier}_{key}"] = int(scrape.value(f"loraplex_{name}", tier=tier))
     for percent in (50, 99):
         seconds = scrape.quantile("loraplex_adapter_load_seconds", percent / 100, tier="host")
         figures[f"load_ms_p{percent}"] = round(1000 * seconds, 2)
-    figures["cold_starts"] = int(scrape.value("loraplex_adapter_cold_starts_total"))
-    wait = scrape.quantile("loraplex_request_adapter_wait_time_seconds", 0.5)
-    figures["cold_start_wait_ms_p50"] = round(1000 * wait, 2)
     return figures
 
 
-def adapters_document(bench: AdapterBench, runs: Runs, memory: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the figures as plain values; `memory` are those of `memory_figures` and what else was measured."""
+def warm_figures(runs: Runs) -> dict[str, int]:
+    """Return how often the larger server had to bring an adapter in the runs that count."""
+
+    def since(name: str, **labels: str) -> int:
+        return int(runs.ended.value(name, **labels) - runs.filled.value(name, **labels))
+
+    return {
+        "requests": sum(report.completed for report in runs.many),
+        "loads_from_disk": since("loraplex_adapter_loads_total", tier="host"),
+        "loads_to_device": since("loraplex_adapter_loads_total", tier="device"),
+        "cold_starts": since("loraplex_adapter_cold_starts_total"),
+    }
+
+
+def adapters_document(bench: AdapterBench, runs: Runs, more: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the figures as plain values; `more` is what was measured beside the runs."""
     ratios = [many.output_throughput / few.output_throughput for few, many in zip(runs.few, runs.many, strict=True)]
     document: dict[str, Any] = {
         f"throughput_{FEW}": _median(runs.few),
@@ -52,7 +62,9 @@ def adapters_document(bench: AdapterBench, runs: Runs, memory: Mapping[str, Any]
             "kept": round(runs.cold_many.output_throughput / runs.cold_few.output_throughput, 4),
             "ttft_ms_p50": round(runs.cold_many.latency["ttft"].median, 1),
         },
-        **memory,
+        "warm": warm_figures(runs),
+        **memory_figures(runs.ended),
+        **more,
         "failed_requests": sum(report.failed for report in runs.all),
         "cases": cases_as_json({"few": runs.few, "many": runs.many}),
     }
@@ -94,9 +106,9 @@ def adapters_table(document: Mapping[str, Any]) -> Table:
         (f"{count} adapters, nothing loaded", f"{cold[f'throughput_{count}']:.1f} ({cold['kept']:.3f})"),
         ("device memory, peak of budget, MB", _of_budget(document, "device")),
         ("host memory, peak of budget, MB", _of_budget(document, "host")),
-        ("loads from the disk, onto the device", f"{document['host_loads']}, {document['device_loads']}"),
+        ("requests of those runs, loads from the disk, loads onto the device", _loads(document["warm"])),
         ("load from the disk, ms, p50 and p99", f"{document['load_ms_p50']:.1f}, {document['load_ms_p99']:.1f}"),
-        ("requests that waited for their adapter", str(document["cold_starts"])),
+        ("... of these requests, those that waited for their adapter", str(document["warm"]["cold_starts"])),
         ("memory that ranks 8 to 64 waste", f"{document['waste_mixed_ranks']:.2%}"),
         (f"growth over {document['bench']['rounds']} rounds of register, use, unregister", f"{growth:+.2%}"),
         (f"registering {count} adapters, s", f"{document['register_s']:.1f}"),
@@ -104,6 +116,10 @@ def adapters_table(document: Mapping[str, Any]) -> Table:
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def _loads(warm: Mapping[str, int]) -> str:
+    return f"{warm['requests']}, {warm['loads_from_disk']}, {warm['loads_to_device']}"
 
 
 def _of_budget(document: Mapping[str, Any], tier: str) -> str:

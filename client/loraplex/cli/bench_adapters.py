@@ -23,12 +23,11 @@ from loraplex.bench.adapters import (
     register,
     waste_of_mixed_ranks,
 )
-from loraplex.bench.adapters_report import TARGET_KEPT, adapters_document, adapters_table, held, memory_figures
+from loraplex.bench.adapters_report import TARGET_KEPT, adapters_document, adapters_table, held
 from loraplex.bench.commit import current_commit
 from loraplex.bench.cpu_run import ServerUnderTest, agreement_with_alone
 from loraplex.bench.load import load_client
 from loraplex.bench.machine import machine_info
-from loraplex.bench.scrape import Scrape
 from loraplex.bench.server_process import ServerProcess
 from loraplex.bench.w16 import server_summary
 from loraplex.cli.bench_run import rate_bar
@@ -86,13 +85,13 @@ class _Measuring:
         await register(many.target, self.folders, self._progress("registering adapters", len(self.folders)))
         register_s = time.perf_counter() - started
         runs = await self._compare(few, many)
-        figures = memory_figures(Scrape.of(many.metrics_url))
         names = [folder.name for folder in self.folders]
-        figures["same_as_alone"] = await agreement_with_alone(many, bench.workload(names, seed=-2))
+        same = await agreement_with_alone(many, bench.workload(names, seed=-2))
         before, after = await memory_of_rounds(
             bench, few.target, self.few.pid, self.folders[FEW:], self._progress("rounds", bench.rounds)
         )
-        figures |= {
+        figures: dict[str, Any] = {
+            "same_as_alone": round(same, 4),
             "waste_mixed_ranks": round(waste, 5),
             "register_s": round(register_s, 2),
             "rounds_rss_mb": {f"after_{bench.settled}": round(before, 1), f"after_{bench.rounds}": round(after, 1)},

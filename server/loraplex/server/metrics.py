@@ -263,7 +263,9 @@ class Metrics:
             "adapter_cold_starts", "Choices that could have had a row and waited for their adapter."
         )
         self._adapter_wait = self._histogram(
-            "request_adapter_wait_time_seconds", "What a cold start waited for its adapter, in seconds.", _LOAD_S
+            "request_adapter_wait_time_seconds",
+            "From the row a cold start could have had to the one it got, in seconds.",
+            _LOAD_S,
         )
         self._lora_requests = LoraRequests(PREFIX + "lora_requests_info")
         self.registry.register(self._lora_requests)

@@ -53,7 +53,7 @@ class RequestStats:
     e2e_s: float
     queue_s: float | None
     adapter_wait_s: float | None
-    """Of the time in the queue: what it waited for its adapter although there was a row; None if it was there."""
+    """Of the time in the queue: since the first row that only its adapter was missing for; None if it was there."""
     prefill_s: float | None
     decode_s: float | None
 
