@@ -27,6 +27,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "embedding-saved": {"modules_to_save": {"llama": ["embed_tokens"], "gpt2": ["wte"]}, "untied": True},
     "embedding-lora": {"embedding": True},
     "token-rows": {"rows": [3, 17, 40]},
+    "token-rows-and-head": {"rows": [3, 17, 40], "head": True},
 }
 
 
@@ -36,6 +37,8 @@ def config(family: str, variant: dict[str, Any]) -> LoraConfig:
     targets = list(LLAMA_TARGETS if family == "llama" else GPT2_TARGETS)
     if options.pop("embedding", False):
         targets.append(EMBEDDING[family])
+    if options.pop("head", False):
+        targets.append("lm_head")
     if "modules_to_save" in options:
         options["modules_to_save"] = options["modules_to_save"][family]
     if "rows" in options:

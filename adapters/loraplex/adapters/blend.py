@@ -49,34 +49,33 @@ class Change:
 
     Attributes:
         replacement: takes its place, in the layout of the base's file.
+        rows: take the place of some of its rows.
         updates: are mixed and added.
         magnitude: (out,); gives each row its length (DoRA).
         vectors: are added, each with its factor (biases).
-        rows: take the place of some of its rows.
     """
 
     replacement: torch.Tensor | None = None
+    rows: TokenRows | None = None
     updates: list[Update] = field(default_factory=list)
     magnitude: torch.Tensor | None = None
     vectors: list[tuple[float, torch.Tensor]] = field(default_factory=list)
-    rows: TokenRows | None = None
 
     def apply(self, name: str, weight: torch.Tensor, mixing: Mixing) -> torch.Tensor:
         """Return the parameter `name` as it is afterwards, from `weight`: (out, in) or a vector, float32.
 
         `weight` is the replacement already if there is one.
         """
+        if self.rows is not None:
+            weight = weight.index_copy(0, self.rows.tokens, self.rows.rows.float())
         if self.updates:
-            matrices = [update.matrix() for update in self.updates]
+            matrices = (update.matrix() for update in self.updates)
             weight = weight + mix(mixing, name, matrices, [update.weight for update in self.updates])
         if self.magnitude is not None:
             # DoRA (Liu et al., 2024): the norm is of the updated weight, as in PEFT's merge.
             weight = weight * (self.magnitude.float() / torch.linalg.norm(weight, dim=1)).unsqueeze(1)
         for factor, vector in self.vectors:
             weight = weight + factor * vector.float()
-        if self.rows is not None:
-            weight = weight.clone()
-            weight[self.rows.tokens] = self.rows.rows.float()
         return weight
 
     def same_as(self, other: Change | None) -> bool:

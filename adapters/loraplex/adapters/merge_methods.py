@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -18,6 +18,8 @@ from loraplex.adapters.bnb import import_bitsandbytes
 from loraplex.adapters.errors import FieldViolation
 
 DEFAULT_DENSITY = 0.5
+MAX_ADAPTERS = 64
+"""In one merge. TIES and DARE hold every adapter's update of a matrix at once, in float32."""
 
 
 class MergeMethod(StrEnum):
@@ -71,19 +73,23 @@ def weight_violations(weights: Sequence[float]) -> list[FieldViolation]:
     """Return what is wrong with the adapters' weights."""
     if not weights:
         return [FieldViolation("adapters", "are none: name at least one")]
+    if len(weights) > MAX_ADAPTERS:
+        return [FieldViolation("adapters", f"are {len(weights)}; at most {MAX_ADAPTERS} are merged at once")]
     return [FieldViolation("scale", f"must be finite, not {weight}") for weight in weights if not math.isfinite(weight)]
 
 
-def mix(mixing: Mixing, subject: str, updates: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
-    """Return the updates of one matrix as one: the shape of each, float32.
+def mix(mixing: Mixing, subject: str, updates: Iterable[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
+    """Return the updates of one matrix as one: the shape of each, float32. The weighted sum holds one at a time.
 
     Only the adapters that have an update of the matrix take part, as in PEFT. `subject` names the matrix: what DARE
     draws depends on the seed and on it, not on the order in which matrices come.
     """
     if mixing.method is MergeMethod.LINEAR:
-        total = updates[0] * weights[0]
-        for update, weight in zip(updates[1:], weights[1:], strict=True):
-            total += update * weight
+        first, *others = weights
+        remaining = iter(updates)
+        total = next(remaining) * first
+        for update, weight in zip(remaining, others, strict=True):
+            total.add_(update, alpha=weight)
         return total
     import_bitsandbytes()  # before PEFT does
     from peft.utils import merge_utils
