@@ -76,3 +76,21 @@ def test_unknown_case_of_w16_is_a_usage_error() -> None:
     result = CliRunner().invoke(app, ["bench", "w16", "--cases", "base,other"])
     assert result.exit_code == 2
     assert "no such case: other" in result.output
+
+
+def test_unknown_system_is_a_usage_error() -> None:
+    result = CliRunner().invoke(app, ["bench", "peers", "--systems", "vllm,other"])
+    assert result.exit_code == 2
+    assert "no such system: other" in " ".join(result.output.split())
+
+
+def test_roofline_writes_rates_and_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loraplex.bench.roofline.READ_BYTES", 1 << 16)
+    monkeypatch.setattr("loraplex.bench.roofline.SIDE", 32)
+    output = tmp_path / "roofline.json"
+    result = CliRunner().invoke(app, ["bench", "roofline", "--json", str(output)])
+    assert result.exit_code == 0, result.output
+    document = json.loads(output.read_text())
+    assert document["read_gb_s"] > 0
+    assert set(document["product_gflop_s"]) == {"float32", "bfloat16", "int8"}
+    assert all(ms > 0 for ms in document["step_bounds_ms"].values())

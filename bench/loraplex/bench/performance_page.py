@@ -91,7 +91,7 @@ def readme_chart(documents: Documents) -> str:
 def quality_part(documents: Documents) -> str:
     """Return perplexities and divergences."""
     quality = documents["quality"]
-    header = ["weights", "activations", "perplexity", "of float32", "mean KL, nats", "same first choice"]
+    header = ["weights", "cache and embedding", "perplexity", "of float32", "mean KL, nats", "same first choice"]
     rows = [
         [
             each["name"],

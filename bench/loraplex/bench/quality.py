@@ -31,6 +31,7 @@ class Quality:
     """One way to hold and compute the model.
 
     Attributes:
+        dtype: of embedding, lm_head, KV cache and adapters.
         perplexity: of the text, `exp` of the mean negative log likelihood of its tokens.
         of_exact: perplexity over that in float32.
         kl: mean Kullback-Leibler divergence of its distributions from float32's, in nats.
@@ -131,7 +132,7 @@ def quality_table(document: Mapping[str, Any]) -> Table:
     """Show what `measure_quality` returned."""
     table = Table(title=f"Against float32, {document['tokens']} tokens of {document['text']}")
     table.add_column("weights")
-    for column in ("activations", "perplexity", "of float32", "mean KL, nats", "same first choice"):
+    for column in ("cache and embedding", "perplexity", "of float32", "mean KL, nats", "same first choice"):
         table.add_column(column, justify="right")
     for each in document["qualities"]:
         table.add_row(
