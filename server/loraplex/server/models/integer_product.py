@@ -79,8 +79,10 @@ class IntegerProduct:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Return y (T, out) float32 for x (T, in) float32, contiguous."""
-        rows, (out_features, in_features) = len(x), self._shape
+        rows, (out_features, in_features) = x.shape[0], self._shape
         y = torch.empty(rows, out_features)
+        if rows == 0:
+            return y
         threads = torch.get_num_threads() if rows * out_features * in_features >= _PARALLEL_WORK else 1
         tiles = -(-rows // _TILE_ROWS)
         parts = min(tiles, -(-_UNITS_PER_THREAD * threads // self._panels))
