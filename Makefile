@@ -19,7 +19,7 @@ DEV_READY := $(VENV)/.dev-ready
 .PHONY: help demo serve bench bench-cpu bench-adapters bench-peers venv test lint pytest proto format clean distclean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(RUN_READY) ## Serve three trained adapters from one NF4 model, add a fourth, merge one; writes bench/results/demo.json
 	$(BIN)/loraplex demo $(ARGS)
