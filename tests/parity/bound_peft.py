@@ -53,7 +53,8 @@ def bound(model: PeftModel, digest: str = "sha256:peft", name: str = "default") 
         elif isinstance(module, TrainableTokensWrapper):
             adapter: Any = module.token_adapter
             tokens = torch.tensor(adapter.token_indices[name])
-            rows[f"{path}.weight".replace(".base_layer.", ".")] = TokenRows(tokens, adapter.trainable_tokens_delta[name].data)
+            matrix = f"{path}.weight".replace(".base_layer.", ".")
+            rows[matrix] = TokenRows(tokens, adapter.trainable_tokens_delta[name].data)
     if config.bias != "none":
         for path, parameter in inner.named_parameters():
             if path.endswith(".bias") and parameter.requires_grad:

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel
 from loraplex.adapters.blend import Blend, WeightedAdapter
 from loraplex.adapters.compare import compare
 from loraplex.adapters.merge import AdapterSource, MergeOptions, merge_adapters
-from loraplex.adapters.merge_methods import MergeMethod, Mixing, subject_seed
+from loraplex.adapters.merge_methods import MAX_ADAPTERS, MergeMethod, Mixing, subject_seed, weight_violations
 from loraplex.adapters.model_folder import ModelFolder
 from loraplex.adapters.unmerged import unmerged_model
 from tests.parity.bound_peft import bound, randomized
@@ -121,3 +121,9 @@ def test_unmerged_is_pefts_unmerged(tmp_path: Path) -> None:
     difference = compare(theirs, streamed.logits, prompts)
     assert difference.max_logit_difference < 2e-5
     assert (difference.positions, difference.top1_agreement) == (18, 1.0)
+
+
+def test_a_merge_takes_a_bounded_number_of_adapters() -> None:
+    assert not weight_violations([0.5] * MAX_ADAPTERS)
+    (violation,) = weight_violations([0.5] * (MAX_ADAPTERS + 1))
+    assert violation.field == "adapters"
