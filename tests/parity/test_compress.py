@@ -18,7 +18,7 @@ from loraplex.adapters.compress import Budget, Compressed, Factors, compress_mod
 from loraplex.adapters.compressed_folder import CompressReport, compress_adapters
 from loraplex.adapters.errors import AdapterFormatError, AlreadyExistsError, InvalidRequestError
 from tests.integration.serving import fitting_adapter
-from tests.parity.test_merge import LLAMA_TARGETS, load, logits, make_adapter, make_base
+from tests.parity.merge_models import LLAMA_TARGETS, load, logits, make_adapter, make_base
 
 WEIGHTS = {"first": 0.5, "second": -1.5}
 

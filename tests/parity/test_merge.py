@@ -4,106 +4,31 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from loraplex.adapters import merge
-from loraplex.adapters.binding import BoundAdapter, ModuleWeights, bind
+from loraplex.adapters.binding import bind
 from loraplex.adapters.bnb import import_bitsandbytes
-from loraplex.adapters.errors import (
-    AdapterFormatError,
-    AlreadyExistsError,
-    InvalidRequestError,
-    PreconditionError,
-    ResourceExhaustedError,
-)
 from loraplex.adapters.formats import read_adapter
-from loraplex.adapters.merge import AdapterSource, MergeOptions, MergeResult, Progress, merge_adapters
-from loraplex.adapters.merge_methods import MergeMethod, Mixing
 from loraplex.adapters.merge_plan import MergeBase
 from loraplex.adapters.model_folder import ModelFolder
 from loraplex.adapters.quantized_values import round_trip
-
-LLAMA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-GPT2_TARGETS = ["c_attn", "c_proj", "c_fc"]
-IDS = torch.arange(24).reshape(2, 12)
-
-
-def make_base(folder: Path, family: str, *, tied: bool = True, dtype: torch.dtype = torch.float32, **save: Any) -> Path:
-    torch.manual_seed(0)
-    model: Any
-    if family == "llama":
-        sizes: dict[str, Any] = {
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_key_value_heads": 2,
-        }
-        model = LlamaForCausalLM(
-            LlamaConfig(vocab_size=96, num_hidden_layers=2, num_attention_heads=4, tie_word_embeddings=tied, **sizes)
-        )
-    else:
-        shape: dict[str, Any] = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 32}
-        model = GPT2LMHeadModel(GPT2Config(vocab_size=96, tie_word_embeddings=tied, **shape))
-    # Norms and biases away from their initial ones and zeros, so that losing one is seen.
-    for parameter in model.parameters():
-        parameter.data += 0.02 * torch.randn_like(parameter)
-    model.to(dtype).save_pretrained(folder, **save)
-    return folder
-
-
-def make_adapter(base: Path, folder: Path, targets: Sequence[str], **options: Any) -> Path:
-    model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
-        LoraConfig(r=8, lora_alpha=12, target_modules=list(targets), task_type="CAUSAL_LM", **options),
-    )
-    torch.manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data = 0.1 * torch.randn_like(parameter)
-    model.save_pretrained(str(folder), save_embedding_layers=False)
-    return folder
-
-
-def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        found: torch.Tensor = model(IDS).logits
-    return found.float()
-
-
-def merge_adapter(
-    model: Path,
-    adapter: Path | BoundAdapter,
-    output: Path,
-    *,
-    scale: float = 1.0,
-    progress: Progress = lambda phase, done, total: None,
-    **options: Any,
-) -> MergeResult:
-    return merge_adapters(model, [AdapterSource(adapter, scale)], output, MergeOptions(**options), progress)
-
-
-def family_targets(family: str) -> list[str]:
-    return LLAMA_TARGETS if family == "llama" else GPT2_TARGETS
-
-
-def assert_same_weights(ours: Any, theirs: Any, tolerance: float) -> None:
-    left, right = ours.state_dict(), theirs.state_dict()
-    assert set(left) == set(right)
-    for name, tensor in left.items():
-        torch.testing.assert_close(tensor, right[name], atol=tolerance, rtol=0)
+from tests.parity.merge_models import (
+    GPT2_TARGETS,
+    LLAMA_TARGETS,
+    assert_same_weights,
+    family_targets,
+    load,
+    logits,
+    make_adapter,
+    make_base,
+    merge_adapter,
+)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -266,133 +191,6 @@ def test_what_lies_beside_the_weights(tmp_path: Path) -> None:
     assert "quantization_config" not in (second.output / "config.json").read_text()
     again = merge_adapter(base, adapter, tmp_path / "again")
     assert again.files == second.files
-
-
-def test_merging_into_what_does_not_fit(tmp_path: Path) -> None:
-    base = make_base(tmp_path / "base", "llama")
-    other = make_base(tmp_path / "other", "gpt2")
-    adapter = make_adapter(base, tmp_path / "adapter", ["q_proj"])
-    with pytest.raises(PreconditionError, match="no linear module"):
-        merge_adapter(other, adapter, tmp_path / "merged")
-    with pytest.raises(PreconditionError, match="not the adapter's base model"):
-        merge_adapter(other, bind(read_adapter(adapter), ModelFolder.open(base).base_model()), tmp_path / "merged")
-    wide = ModuleWeights(torch.zeros(2, 65), torch.zeros(64, 2), 1.0)
-    with pytest.raises(PreconditionError, match="64 inputs and 64 outputs"):
-        merge_adapter(base, BoundAdapter("d", {"model.layers.0.self_attn.q_proj": wide}), tmp_path / "merged")
-    with pytest.raises(AdapterFormatError):
-        merge_adapter(base, tmp_path, tmp_path / "merged")
-
-
-@pytest.mark.parametrize("where", ["adapter", "base", "overflow"])
-def test_nan_is_refused_and_leaves_nothing(tmp_path: Path, where: str) -> None:
-    base = make_base(tmp_path / "base", "llama")
-    adapter = make_adapter(base, tmp_path / "adapter", ["q_proj"])
-    bound = bind(read_adapter(adapter), ModelFolder.open(base).base_model())
-    dtype, name = None, "model.layers.1.self_attn.q_proj"
-    if where == "adapter":
-        bound.modules[name].b[0, 0] = float("nan")
-    else:
-        weights = load_file(base / "model.safetensors")
-        changed = f"{name}.weight" if where == "base" else "model.norm.weight"
-        weights[changed].view(-1)[0] = float("nan") if where == "base" else 1e30
-        save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
-        dtype = None if where == "base" else torch.float16
-    before = sorted(tmp_path.iterdir())
-    with pytest.raises(PreconditionError, match="NaN or infinite"):
-        merge_adapter(base, bound, tmp_path / "merged", dtype=dtype)
-    assert sorted(tmp_path.iterdir()) == before
-
-
-def test_outputs_that_exist_are_not_touched(tmp_path: Path) -> None:
-    base = make_base(tmp_path / "base", "llama")
-    adapter = make_adapter(base, tmp_path / "adapter", ["q_proj"])
-    (tmp_path / "merged").mkdir()
-    (tmp_path / "dangling").symlink_to("nowhere")
-    for name in ("merged", "dangling"):
-        with pytest.raises(AlreadyExistsError):
-            merge_adapter(base, adapter, tmp_path / name)
-
-    def interfere(phase: str, done: int, total: int) -> None:
-        (tmp_path / "late").mkdir(exist_ok=True)
-        (tmp_path / "late" / "mine").touch()
-
-    with pytest.raises(AlreadyExistsError):
-        merge_adapter(base, adapter, tmp_path / "late", progress=interfere)
-    assert [path.name for path in (tmp_path / "late").iterdir()] == ["mine"]
-    assert not list(tmp_path.glob(".*.partial"))
-
-
-def test_a_full_disk_and_an_interruption_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = make_base(tmp_path / "base", "llama")
-    adapter = make_adapter(base, tmp_path / "adapter", ["q_proj"])
-    before = sorted(tmp_path.iterdir())
-
-    def stop(phase: str, done: int, total: int) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        merge_adapter(base, adapter, tmp_path / "merged", progress=stop)
-    assert sorted(tmp_path.iterdir()) == before
-    with monkeypatch.context() as patch:
-        patch.setattr(merge, "free_bytes", lambda folder: 1000)
-        with pytest.raises(ResourceExhaustedError, match="needs"):
-            merge_adapter(base, adapter, tmp_path / "merged")
-    assert sorted(tmp_path.iterdir()) == before
-
-    def fill(phase: str, done: int, total: int) -> None:
-        # The config goes to a device that is always full.
-        folder = next(tmp_path.glob(".*.partial"))
-        (folder / "config.json").unlink(missing_ok=True)
-        (folder / "config.json").symlink_to("/dev/full")
-
-    with pytest.raises(ResourceExhaustedError, match="disk is full"):
-        merge_adapter(base, adapter, tmp_path / "merged", progress=fill)
-    assert sorted(tmp_path.iterdir()) == before
-
-
-@pytest.mark.parametrize(
-    ("arguments", "field"),
-    [
-        ({"base": MergeBase.DEQUANTIZED}, "quantization"),
-        ({"base": MergeBase.DEQUANTIZED, "quantization": "int3"}, "quantization"),
-        ({"quantization": "nf4"}, "quantization"),
-        ({"scale": float("nan")}, "scale"),
-        ({"dtype": torch.int8}, "dtype"),
-        ({"quantize": "int8"}, "quantize"),
-        ({"max_shard_bytes": 0}, "max_shard_bytes"),
-        ({"max_mean_kl": -1.0}, "max_mean_kl"),
-        ({"mixing": Mixing(MergeMethod.TIES)}, "method"),
-        ({"mixing": Mixing(density=0.5)}, "density"),
-        ({"mixing": Mixing(seed=1)}, "seed"),
-        ({"output": Path("absent/folder/merged")}, "output"),
-    ],
-)
-def test_arguments_that_make_no_sense(tmp_path: Path, arguments: dict[str, Any], field: str) -> None:
-    output = tmp_path / arguments.pop("output", "merged")
-    with pytest.raises(InvalidRequestError, match=field):
-        merge_adapter(tmp_path, tmp_path, output, **arguments)
-
-
-def test_models_that_cannot_be_read(tmp_path: Path) -> None:
-    base = make_base(tmp_path / "base", "llama")
-    adapter = make_adapter(base, tmp_path / "adapter", ["q_proj"])
-
-    def refused(match: str) -> None:
-        with pytest.raises(PreconditionError, match=match):
-            merge_adapter(base, adapter, tmp_path / "merged")
-
-    config = (base / "config.json").read_text()
-    (base / "config.json").write_text(json.dumps(json.loads(config) | {"quantization_config": {"load_in_4bit": True}}))
-    refused("already quantized")
-    (base / "config.json").write_text(config)
-    os.truncate(base / "model.safetensors", 1000)
-    refused("damaged")
-    (base / "model.safetensors").unlink()
-    refused("only safetensors can be merged")
-    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../b.safetensors"}}))
-    refused("does not name the files")
-    shutil.rmtree(base)
-    refused("cannot be read")
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8"])

@@ -16,7 +16,7 @@ from loraplex.adapters.merge_methods import MAX_ADAPTERS, MergeMethod, Mixing, s
 from loraplex.adapters.model_folder import ModelFolder
 from loraplex.adapters.unmerged import unmerged_model
 from tests.parity.bound_peft import bound, randomized
-from tests.parity.test_merge import IDS, load, logits, make_base
+from tests.parity.merge_models import IDS, load, logits, make_base
 
 NAMES = ("default", "second", "third")
 WEIGHTS = (0.7, -0.4, 1.3)

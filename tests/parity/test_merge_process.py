@@ -20,7 +20,7 @@ from loraplex.adapters.merge import MergeOptions
 from loraplex.adapters.merge_job import MergeJob, MergeReport
 from loraplex.adapters.merge_methods import MergeMethod, Mixing
 from loraplex.adapters.merge_plan import MergeBase
-from tests.parity.test_merge import LLAMA_TARGETS, make_adapter, make_base
+from tests.parity.merge_models import LLAMA_TARGETS, make_adapter, make_base
 
 
 def job(tmp_path: Path, **options: Any) -> MergeJob:

@@ -18,7 +18,7 @@ from loraplex.adapters.merge_plan import MergeBase
 from loraplex.adapters.model_folder import ModelFolder
 from loraplex.adapters.quantized_values import round_trip
 from loraplex.server.models.loader import load_model
-from tests.parity.test_merge import family_targets, logits, make_adapter, make_base, merge_adapter
+from tests.parity.merge_models import family_targets, logits, make_adapter, make_base, merge_adapter
 
 METHODS: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},

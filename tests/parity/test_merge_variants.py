@@ -16,7 +16,7 @@ from loraplex.adapters.merge_plan import MergeBase
 from loraplex.adapters.quantized_values import round_trip
 from loraplex.adapters.traits import AdapterTraits
 from tests.parity.bound_peft import bound, randomized
-from tests.parity.test_merge import GPT2_TARGETS, LLAMA_TARGETS, load, logits, make_base
+from tests.parity.merge_models import GPT2_TARGETS, LLAMA_TARGETS, load, logits, make_base
 
 EMBEDDING = {"llama": "embed_tokens", "gpt2": "wte"}
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -27,7 +27,7 @@ from loraplex.cli.main import app
 from loraplex.client import Client
 from loraplex.server.config import ModelConfig
 from tests.integration.serving import Folders, RunningServer, fitting_adapter, write_model
-from tests.parity.test_merge import LLAMA_TARGETS, load, logits, make_adapter, make_base
+from tests.parity.merge_models import LLAMA_TARGETS, load, logits, make_adapter, make_base
 
 
 @pytest.fixture(scope="module")

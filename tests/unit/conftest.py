@@ -6,11 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner, Result
 
 from loraplex.adapters.alias import AliasTarget
 from loraplex.adapters.binding import BaseModel
 from loraplex.adapters.registry import AdapterRegistry
+from loraplex.cli.main import app
 from tests.adapter_factory import tiny_base, write_adapter
+from tests.unit.command import Run
+from tests.unit.fake_server import FakeServer
 
 
 @pytest.fixture
@@ -59,3 +63,20 @@ def blobs(tmp_path: Path) -> set[str]:
 def to(*names: str, **weights: float) -> tuple[AliasTarget, ...]:
     """An alias's targets."""
     return (*map(AliasTarget, names), *(AliasTarget(name, weight) for name, weight in weights.items()))
+
+
+@pytest.fixture
+def server() -> Iterator[FakeServer]:
+    with FakeServer() as server:
+        yield server
+
+
+@pytest.fixture
+def run(server: FakeServer) -> Run:
+    """Run the command with its default server set to the fake one."""
+
+    def invoke(*arguments: object, stdin: str | None = None, **environ: str) -> Result:
+        environ = {"LORAPLEX_SERVER": server.target, "COLUMNS": "200"} | environ
+        return CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin, env=environ)
+
+    return invoke

@@ -2,82 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraplex.server.engine.commands import (
     AbortRequest,
-    AdapterForgotten,
     AddRequest,
     ForgetAdapter,
-    PinAdapter,
     Stop,
-    UnpinAdapter,
 )
-from loraplex.server.engine.engine import Engine, EngineOutput
-from loraplex.server.engine.request import FinishReason, GenerationRequest, RequestOutput, SamplingParams, Usage
-from loraplex.server.engine.stats import AdapterMemory, FreedMemory, NullObserver, RequestStats, StepStats
+from loraplex.server.engine.request import FinishReason, GenerationRequest, Usage
+from loraplex.server.engine.stats import NullObserver, RequestStats, StepStats
 from loraplex.server.errors import (
     DeadlineError,
     EngineError,
-    NotFoundError,
-    ResourceExhaustedError,
     UnavailableError,
 )
-from loraplex.server.lora.weights import PackedAdapter
-from tests.unit.fakes import FakeDecoder, expected_tokens, make_engine, packed
-
-
-@dataclass
-class Outbox:
-    """Collects what the engine publishes."""
-
-    outputs: dict[str, list[RequestOutput]] = field(default_factory=dict)
-    forgotten: dict[int, FreedMemory] = field(default_factory=dict)
-
-    def __call__(self, outputs: Sequence[EngineOutput]) -> None:
-        for output in outputs:
-            if isinstance(output, AdapterForgotten):
-                assert output.ticket not in self.forgotten, "a ticket is answered once"
-                self.forgotten[output.ticket] = output.freed
-            else:
-                self.outputs.setdefault(output.request_id, []).append(output)
-
-    def tokens(self, request_id: str, choice: int = 0) -> list[int]:
-        deltas = [c for o in self.outputs.get(request_id, []) for c in o.choices if c.index == choice]
-        return [t for delta in deltas for t in delta.token_ids]
-
-    def last(self, request_id: str) -> RequestOutput:
-        return self.outputs[request_id][-1]
-
-
-def request(name: str, prompt: Sequence[int], **changes: object) -> GenerationRequest:
-    names = ("max_tokens", "stop", "stop_token_ids", "ignore_eos", "n", "logprobs")
-    params = {key: changes.pop(key) for key in names if key in changes}
-    return GenerationRequest(
-        name,
-        tuple(prompt),
-        SamplingParams(seed=1, **{"max_tokens": 8, **params}),  # type: ignore[arg-type]
-        **changes,  # type: ignore[arg-type]
-    )
-
-
-def run(engine: Engine, limit: int = 5000) -> None:
-    for _ in range(limit):
-        engine.step()
-        if not engine.has_work:
-            return
-    pytest.fail("the engine still has work")
-
-
-def check_integrity(engine: Engine) -> None:
-    parts = engine._parts
-    parts.blocks.check_integrity(list(parts.scheduler.sequences()))
-    parts.slots.check_integrity()
+from tests.unit.engine_driving import Outbox, check_integrity, request, run
+from tests.unit.fakes import FakeDecoder, expected_tokens, make_engine
 
 
 def test_a_request_gets_its_tokens_usage_and_reason() -> None:
@@ -175,42 +118,6 @@ def test_every_request_gets_its_own_answer(
     assert len(outbox.forgotten) == forgets
 
 
-def test_adapters_and_base_share_a_step() -> None:
-    outbox, decoder = Outbox(), FakeDecoder()
-    engine = make_engine(outbox, decoder=decoder)
-    for name, digest in (("a", "x"), ("b", "y"), ("c", "z"), ("d", None)):
-        engine.submit(AddRequest(request(name, [1, 2], adapter_digest=digest, max_tokens=40)))
-    run(engine)
-    assert max(decoder.batch_sizes) == 4
-    assert max(decoder.adapters_in_batch) == 3
-    assert outbox.tokens("b") == expected_tokens([1, 2], 40, "y")
-
-
-def test_an_activated_adapter_reads_its_prompt_from_the_base_cache() -> None:
-    outbox = Outbox()
-    engine = make_engine(outbox)
-    prompt = list(range(1, 15))
-    engine.submit(AddRequest(request("base", prompt, max_tokens=1)))
-    run(engine)
-    engine.submit(AddRequest(request("r", prompt, adapter_digest="x", adapter_start=9, max_tokens=5)))
-    run(engine)
-    assert outbox.tokens("r") == expected_tokens(prompt, 5, "x", start=9)
-    assert outbox.last("r").usage == Usage(prompt_tokens=14, completion_tokens=5, cached_tokens=8)
-    assert outbox.last("r").adapter_digest == "x"
-
-
-def test_an_adapter_that_is_not_invoked_is_neither_loaded_nor_named() -> None:
-    def load(digest: str) -> PackedAdapter:
-        raise NotFoundError(f"{digest} is asked for")
-
-    outbox = Outbox()
-    engine = make_engine(outbox, load=load)
-    engine.submit(AddRequest(request("r", [1, 2, 3], adapter_digest="x", adapter_start=None, max_tokens=5)))
-    run(engine)
-    assert outbox.tokens("r") == expected_tokens([1, 2, 3], 5)
-    assert outbox.last("r").adapter_digest is None
-
-
 def test_an_abort_frees_row_and_blocks_at_the_next_step() -> None:
     outbox = Outbox()
     engine = make_engine(outbox, num_blocks=16)
@@ -240,83 +147,6 @@ def test_a_failing_step_loses_only_its_requests() -> None:
     assert isinstance(outbox.last("bad").error, EngineError)
     assert outbox.tokens("good") == expected_tokens([1, 2], 8)
     check_integrity(engine)
-
-
-def test_an_adapter_that_cannot_be_loaded_fails_its_request() -> None:
-    def load(digest: str) -> PackedAdapter:
-        if digest == "gone":
-            raise NotFoundError("no such blob")
-        return packed(digest)
-
-    outbox = Outbox()
-    engine = make_engine(outbox, load=load)
-    engine.submit(AddRequest(request("r", [1], adapter_digest="gone")))
-    engine.submit(AddRequest(request("s", [1], adapter_digest="fine")))
-    run(engine)
-    assert isinstance(outbox.last("r").error, NotFoundError)
-    assert outbox.tokens("s") == expected_tokens([1], 8, "fine")
-
-
-def test_an_adapter_larger_than_the_memory_is_refused() -> None:
-    outbox = Outbox()
-    engine = make_engine(outbox, load=lambda digest: packed(digest, nbytes=1000))
-    engine.submit(AddRequest(request("r", [1], adapter_digest="huge")))
-    run(engine)
-    error = outbox.last("r").error
-    assert isinstance(error, ResourceExhaustedError)
-    assert "--adapter-device-memory" in str(error)
-
-
-def test_pins_keep_an_adapter_and_can_fill_the_memory() -> None:
-    outbox = Outbox()
-    engine = make_engine(outbox, capacity=1)
-    engine.submit(PinAdapter("pinned"))
-    while engine.resident != {"pinned"}:
-        engine.step()
-    engine.submit(AddRequest(request("r", [1], adapter_digest="other")))
-    run(engine)
-    assert isinstance(outbox.last("r").error, ResourceExhaustedError)
-    engine.submit(UnpinAdapter("pinned"))
-    engine.submit(AddRequest(request("s", [1], adapter_digest="other")))
-    run(engine)
-    assert outbox.tokens("s") == expected_tokens([1], 8, "other")
-
-
-def test_an_adapter_is_forgotten_with_its_last_request() -> None:
-    outbox = Outbox()
-    engine = make_engine(outbox, host_capacity=10, load=lambda digest: packed(digest, 2), max_num_seqs=1)
-    for name in ("running", "waiting"):
-        engine.submit(AddRequest(request(name, [1], adapter_digest="x")))
-    while not outbox.outputs:
-        engine.step()
-    engine.submit(ForgetAdapter("x", ticket=1))
-    engine.submit(ForgetAdapter("x", ticket=2))
-    engine.step()
-    assert engine.memory("x") == AdapterMemory(2, 2)
-    assert engine.held == {"x"}
-    while engine.has_work:
-        assert not outbox.forgotten
-        engine.step()
-    assert outbox.forgotten == {1: FreedMemory(2, 2), 2: FreedMemory()}, "the same bytes come free once"
-    assert engine.memory("x") == AdapterMemory()
-    assert not engine.held
-    engine.submit(ForgetAdapter("never seen", ticket=3))
-    engine.step()
-    assert outbox.forgotten[3] == FreedMemory()
-
-
-def test_a_pin_keeps_what_was_to_be_forgotten() -> None:
-    """The same content was registered again while its last request ran."""
-    outbox = Outbox()
-    engine = make_engine(outbox)
-    engine.submit(AddRequest(request("r", [1], adapter_digest="x")))
-    while not outbox.outputs:
-        engine.step()
-    engine.submit(ForgetAdapter("x", ticket=1))
-    engine.submit(PinAdapter("x"))
-    run(engine)
-    assert outbox.forgotten == {1: FreedMemory()}
-    assert engine.resident == {"x"}
 
 
 def test_a_passed_deadline_ends_the_request() -> None:
@@ -393,26 +223,3 @@ def test_the_observer_sees_every_token_and_request_once() -> None:
     assert len(recorder.requests) == 6
     assert recorder.steps[-1].num_preemptions > 0, "the pool was meant to be too small"
     assert recorder.steps[-1].num_running == 0
-
-
-def test_choices_of_one_request_that_cannot_return_end_it_together() -> None:
-    outbox = Outbox()
-    engine = make_engine(
-        outbox, num_blocks=8, capacity=100, host_capacity=200, load=lambda digest: packed(digest, 60), max_model_len=32
-    )
-    engine.submit(AddRequest(request("old", [1, 2, 3, 4], max_tokens=28, ignore_eos=True)))
-    engine.step()
-    engine.submit(AddRequest(request("two", [5, 6], adapter_digest="x", n=2, max_tokens=26, ignore_eos=True)))
-    scheduler = engine._parts.scheduler
-    for _ in range(1000):
-        engine.step()
-        if scheduler.num_preemptions >= 2 and len(scheduler.running) == 1:
-            break
-    assert [seq.request.request_id for seq in scheduler.running] == ["old"]
-    # The pinned adapter takes the place that both choices need to come back.
-    engine.submit(PinAdapter("big"))
-    run(engine)
-    assert isinstance(outbox.last("two").error, ResourceExhaustedError)
-    assert sum(output.finished for output in outbox.outputs["two"]) == 1
-    assert outbox.tokens("old") == expected_tokens([1, 2, 3, 4], 28)
-    check_integrity(engine)
