@@ -144,6 +144,10 @@ def test_a_file_url_is_a_folder_below_its_prefix(tmp_path: Path) -> None:
         "://",
         "HF://org/repo",
         "hf://org/re po",
+        "hf://org/repo@refs/pr/7",
+        "hf://org/repo@refs/pr/7/folder",
+        "hf://org/repo@refs/convert/parquet",
+        "hf://org@refs/pr/7",
         "hf://org/repo\n",
     ],
 )
@@ -154,6 +158,16 @@ def test_what_is_not_allowed_is_not_asked_for(hub: type[Hub], tmp_path: Path, ur
     assert hub.opened == []
     assert list(registry.incoming.iterdir()) == []
     registry.close()
+
+
+def test_a_pull_request_is_allowed_by_its_own_name_only() -> None:
+    request = SourcePolicy(("hf://org/repo@refs/pr/7",))
+    assert request.allows("hf://org/repo@refs/pr/7")
+    assert request.allows("hf://org/repo@refs/pr/7/folder")
+    assert not request.allows("hf://org/repo@refs/pr/70")
+    assert not request.allows("hf://org/repo")
+    for revision in ("main", "v2", "refs-of-mine", "0123456789abcdef0123456789abcdef01234567"):
+        assert SourcePolicy(("hf://org",)).allows(f"hf://org/repo@{revision}/folder")
 
 
 def test_nothing_is_allowed_unless_it_is_said(hub: type[Hub], tmp_path: Path) -> None:

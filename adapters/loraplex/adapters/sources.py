@@ -56,8 +56,15 @@ class SourcePolicy:
             raise ValueError("max_bytes and timeout_s must be above 0")
 
     def allows(self, url: str) -> bool:
-        """Whether `url` is one of the prefixes or lies below one."""
-        return any(url == prefix or url.startswith((f"{prefix}/", f"{prefix}@")) for prefix in self._stems)
+        """Whether `url` is one of the prefixes or lies below one.
+
+        A special ref of a model hub (`hf://org/repo@refs/pr/7`) is allowed by a prefix that names it alone: anybody may
+        open a pull request on a repository that only its owners write to.
+        """
+        return any(
+            (rest == "" or rest[0] in "/@") and not (url.startswith("hf://") and "@refs/" in f"{rest}/")
+            for rest in (url.removeprefix(stem) for stem in self._stems if url.startswith(stem))
+        )
 
     @property
     def roots(self) -> tuple[Path, ...]:
