@@ -123,6 +123,12 @@ def test_a_file_url_is_a_folder_below_its_prefix(tmp_path: Path) -> None:
     registry.close()
 
 
+def test_the_whole_disk_may_be_allowed(tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "a")
+    with AdapterSources([], SourcePolicy(("file:///",)), tmp_path).folder(f"file://{folder}") as found:
+        assert found == folder
+
+
 @pytest.mark.parametrize(
     "url",
     [
@@ -227,7 +233,7 @@ def test_what_a_driver_says_is_passed_on(hub: type[Hub], tmp_path: Path, monkeyp
     registry.close()
 
 
-@pytest.mark.parametrize("prefix", ["org", "ftp://x", "hf://a/../b", ""])
+@pytest.mark.parametrize("prefix", ["org", "ftp://x", "hf://a/../b", "", "memory:///", "s3://"])
 def test_prefixes_are_checked(prefix: str) -> None:
     with pytest.raises(ValueError, match="no URL prefix"):
         SourcePolicy((prefix,))

@@ -50,8 +50,11 @@ class SourcePolicy:
             ValueError: naming the one that is wrong.
         """
         for prefix in self.url_prefixes:
-            if parse_url(prefix) is None:
+            parsed = parse_url(prefix)
+            if parsed is None:
                 raise ValueError(f"{prefix} is no URL prefix: use one of file, {', '.join(DRIVERS)} and ://")
+            if not parsed[1].strip("/") and parsed[0] != "file":
+                raise ValueError(f"{prefix} is no URL prefix: name a place behind ://")
         if self.max_bytes < 1 or not self.timeout_s > 0:
             raise ValueError("max_bytes and timeout_s must be above 0")
 
@@ -69,7 +72,8 @@ class SourcePolicy:
     @property
     def roots(self) -> tuple[Path, ...]:
         """The folders that file:// prefixes allow."""
-        return tuple(Path(stem.removeprefix("file://")).resolve() for stem in self._stems if stem.startswith("file://"))
+        urls = (prefix for prefix in self.url_prefixes if prefix.startswith("file://"))
+        return tuple(Path(url.removeprefix("file://")).resolve() for url in urls)
 
     @property
     def _stems(self) -> tuple[str, ...]:
