@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from loraplex.adapters.errors import AdapterFormatError, InvalidRequestError
+from loraplex.adapters.errors import AdapterFormatError, FieldViolation, InvalidRequestError
 from loraplex.adapters.folder import copy_adapter, require_inside
 from loraplex.adapters.formats import read_adapter
 from tests.adapter_factory import tensors, tiny_base, write_adapter
@@ -140,6 +140,15 @@ def test_headers_that_lie(tmp_path: Path) -> None:
         path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(256))
         error = refusal(tmp_path)
         assert error.violations, entries
+
+
+@pytest.mark.parametrize("shape", ["[0, 4611686018427387904, 8]", "[0, 8]", "[4, 0]", "[0]"])
+def test_a_tensor_without_values(tmp_path: Path, shape: str) -> None:
+    path = write_adapter(tmp_path) / "adapter_model.safetensors"
+    name = f"{Q0}.lora_A.weight"
+    header = f'{{"{name}": {{"dtype": "F32", "shape": {shape}, "data_offsets": [0, 0]}}}}'.encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    assert refusal(tmp_path).violations == (FieldViolation(name, "has no values: one of its dimensions is 0"),)
 
 
 EVERY_KIND = {

@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -48,7 +49,8 @@ def read_tensors(content: bytearray, path: Path) -> dict[str, torch.Tensor]:
     """Return the tensors in `content`, which was read from `path`, as views of it.
 
     Raises:
-        AdapterFormatError: the file is damaged, claims too large a header, or holds a type or value that is no number.
+        AdapterFormatError: the file is damaged, claims too large a header, or holds a tensor without values or with a
+            type or value that is no number.
         OSError: if it cannot be read.
     """
     header_bytes = _header_bytes(content)
@@ -61,7 +63,7 @@ def read_tensors(content: bytearray, path: Path) -> dict[str, torch.Tensor]:
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
         if len(entries) > MAX_TENSORS:
             raise AdapterFormatError.of(WEIGHTS_FILE, f"has {len(entries)} tensors, so it is no adapter")
-        _check_types(entries)
+        _check_entries(entries)
         start = _LENGTH_BYTES + header_bytes
         tensors = {
             name: view(content, _DTYPES[entry["dtype"]], entry["shape"], start + entry["data_offsets"][0])
@@ -82,26 +84,29 @@ def read_tensors(content: bytearray, path: Path) -> dict[str, torch.Tensor]:
 
 
 def view(content: bytearray, dtype: torch.dtype, shape: Sequence[int], offset: int) -> torch.Tensor:
-    """Return a tensor over the bytes of `content` from `offset` on.
+    """Return a tensor with values over the bytes of `content` from `offset` on.
 
     Raises:
-        ValueError: if it would reach beyond the end.
+        ValueError: if it would reach beyond the end, or has no values.
     """
-    count = math.prod(shape)
-    if not count:
-        return torch.empty(*shape, dtype=dtype)
-    return torch.frombuffer(content, dtype=dtype, count=count, offset=offset).view(*shape)
+    return torch.frombuffer(content, dtype=dtype, count=math.prod(shape), offset=offset).view(*shape)
 
 
 def _header_bytes(content: bytearray) -> int:
     return int.from_bytes(content[:_LENGTH_BYTES], "little")
 
 
-def _check_types(entries: dict[str, dict[str, str]]) -> None:
+def _check_entries(entries: dict[str, dict[str, Any]]) -> None:
     violations = [
         FieldViolation(name, f"is {entry['dtype']}; only float32, float16 and bfloat16 are supported")
         for name, entry in entries.items()
         if entry["dtype"] not in _DTYPES
+    ]
+    # Beside a dimension of 0 the others may be anything, which safetensors takes and torch does not.
+    violations += [
+        FieldViolation(name, "has no values: one of its dimensions is 0")
+        for name, entry in entries.items()
+        if 0 in entry["shape"]
     ]
     if violations:
         raise AdapterFormatError(f"{WEIGHTS_FILE} cannot be used", violations)
