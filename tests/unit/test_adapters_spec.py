@@ -172,6 +172,7 @@ def test_traits_follow_from_the_config() -> None:
         ("trainable_token_indices", 7),
         ("alora_invocation_tokens", ["<assistant>"]),
         ("alora_invocation_tokens", [2**40]),
+        ("alora_invocation_tokens", [5] * 1025),
         ("layers_to_transform", [-1]),
         ("layers_to_transform", -1),
         ("layers_to_transform", "1"),

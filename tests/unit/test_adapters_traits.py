@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -29,6 +31,24 @@ def test_an_activated_adapter_starts_at_its_last_invocation(prompt: tuple[int, .
 def test_the_last_occurrence_is_found(prompt: list[int], invocation: list[int]) -> None:
     found = [i for i in range(len(prompt)) if prompt[i : i + len(invocation)] == invocation]
     assert AdapterTraits(invocation_tokens=tuple(invocation)).start_in(prompt) == (found[-1] if found else None)
+
+
+class CountedTokens(tuple[int, ...]):
+    """A prompt that counts how often it is looked at."""
+
+    looks = 0
+
+    def __getitem__(self, index: Any) -> Any:
+        CountedTokens.looks += len(range(*index.indices(len(self)))) if isinstance(index, slice) else 1
+        return super().__getitem__(index)
+
+
+def test_a_long_invocation_is_looked_for_once() -> None:
+    """Both come from others; here every place of the prompt nearly is the invocation."""
+    invocation = (2, *(1,) * 500)
+    CountedTokens.looks = 0
+    assert AdapterTraits("alora", invocation_tokens=invocation).start_in(CountedTokens((1,) * 2000)) is None
+    assert 0 < CountedTokens.looks <= 3 * 2000
 
 
 def test_others_start_at_once() -> None:

@@ -19,6 +19,8 @@ MAX_RANK = 65536
 # Names or patterns in one key: every one is compared with every module. The largest models have some 1,000 modules.
 MAX_NAMES = 4096
 MAX_SAVED_MODULES = 256
+# It is a word or a turn's beginning, some ten tokens, and is looked for in every prompt.
+MAX_INVOCATION_TOKENS = 1024
 _MAX_TOKEN = 2**31 - 1
 
 # Keys that leave the result of a forward pass as it is: bookkeeping, training, or how the matrices were first filled.
@@ -190,6 +192,9 @@ class _Reader:
             self._refuse("lora_bias", "cannot be combined with use_dora")
         if not spec.invocation_tokens:
             return
+        if len(spec.invocation_tokens) > MAX_INVOCATION_TOKENS:
+            count = len(spec.invocation_tokens)
+            self._refuse("alora_invocation_tokens", f"are {count}; {MAX_INVOCATION_TOKENS} are the most")
         others = {
             "use_dora": spec.use_dora,
             "bias": spec.bias != "none",

@@ -29,11 +29,7 @@ class AdapterTraits:
         """
         if not self.invocation_tokens:
             return 0
-        prompt, length = tuple(prompt_token_ids), len(self.invocation_tokens)
-        for start in range(len(prompt) - length, -1, -1):
-            if prompt[start : start + length] == self.invocation_tokens:
-                return start
-        return None
+        return _last_start(self.invocation_tokens, prompt_token_ids)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values for the catalog."""
@@ -45,3 +41,27 @@ class AdapterTraits:
         """Undo `to_json`; what is missing takes its default."""
         known = {**cls().to_json(), **values}
         return cls(known["kind"], known["fixed_scale"], tuple(known["invocation_tokens"]))
+
+
+def _last_start(pattern: Sequence[int], tokens: Sequence[int]) -> int | None:
+    """Return where `pattern` last occurs in `tokens`, in a time that grows with their lengths, not with the product.
+
+    Knuth, Morris and Pratt 1977, from the end to the beginning: both come from others.
+    """
+    pattern = pattern[::-1]
+    # How much of the pattern still fits after its first `i + 1` tokens did and the next one did not.
+    borders = [0] * len(pattern)
+    fits = 0
+    for i in range(1, len(pattern)):
+        while fits and pattern[i] != pattern[fits]:
+            fits = borders[fits - 1]
+        fits += pattern[i] == pattern[fits]
+        borders[i] = fits
+    fits = 0
+    for start in range(len(tokens) - 1, -1, -1):
+        while fits and tokens[start] != pattern[fits]:
+            fits = borders[fits - 1]
+        fits += tokens[start] == pattern[fits]
+        if fits == len(pattern):
+            return start
+    return None

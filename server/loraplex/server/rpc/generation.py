@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from concurrent.futures import Executor
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import grpc.aio
 
@@ -136,14 +136,14 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             params=sampling_params(message.sampling, room, record.metadata.default_sampling if record else None),
             adapter_digest=record.digest if record else None,
             adapter_scale=_adapter_scale(message),
-            adapter_start=traits.start_in(tokens),
             adapter_name=record.name if record else "",
             cache_salt=message.cache_salt,
             tenant=message.tenant,
             deadline=deadline,
         )
         request.validate(self._limits.vocab_size, self._limits.max_model_len, fixed_scale=traits.fixed_scale)
-        return request
+        # Not before: a prompt that is too long is not searched.
+        return replace(request, adapter_start=traits.start_in(request.prompt_token_ids))
 
     def _prompt(self, message: pb.GenerateRequest, record: AdapterRecord | None) -> list[int]:
         match message.WhichOneof("prompt"):
