@@ -24,7 +24,7 @@ from loraplex.client.retry import RetryPolicy
 from loraplex.server.config import MIB, EngineConfig
 from loraplex.server.rpc.server import SERVICES
 from loraplex.v1 import generation_pb2, generation_pb2_grpc
-from tests.integration.serving import LONG, Folders, RunningServer, eventually
+from tests.integration.serving import LONG, Folders, RunningServer, eventually, fitting_adapter
 
 
 def test_health_of_the_server_and_of_each_service(client: Client) -> None:
@@ -117,14 +117,16 @@ def test_oversize_message_is_refused_and_not_tried_again(server: RunningServer) 
 def test_full_queue_says_when_to_come_back_and_the_client_does(folders: Folders) -> None:
     engine = EngineConfig(kv_cache_memory=8 * MIB, max_num_seqs=1, max_waiting=1, threads=1)
     with RunningServer(folders, engine=engine) as server, server.client() as client:
+        client.register_adapter("one", fitting_adapter(folders.adapters / "one"))
         running = client.stream("x", max_tokens=LONG, ignore_eos=True)
         next(running)
         waiting = client.stream("x", max_tokens=4, ignore_eos=True)
         eventually(lambda: server.metric("num_requests_waiting") == 1, "one waits")
         with pytest.raises(ResourceExhaustedError) as raised:
-            client.generate("x")
+            client.generate("x", "one")
         assert raised.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert raised.value.retry_after_s is not None
+        assert client.get_adapter("one").request_count == 0, "a refused request is no use of the adapter"
         threading.Timer(0.3, running.close).start()
         with server.client(RetryPolicy(max_attempts=50)) as patient:
             answer = patient.generate("x", max_tokens=2, ignore_eos=True)

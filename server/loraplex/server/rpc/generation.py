@@ -107,13 +107,15 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             digest = (ADAPTER_DIGEST_KEY, request.acting_digest or "")
             context.set_trailing_metadata(((REQUEST_ID_KEY, request.request_id), digest))
             outputs = await stack.enter_async_context(aclosing(self._engine.generate(request)))
-            generated = 0
+            generated, answered = 0, False
             try:
                 async for output in outputs:
+                    answered = True
                     generated += sum(len(delta.token_ids) for delta in output.choices)
                     yield output
             finally:
-                if record:
+                # What was refused, or left the queue before its turn, has used nothing.
+                if record and answered:
                     self._registry.count_use(record.name, len(request.prompt_token_ids), generated)
 
     def _use(self, name: str, routing_key: str) -> AbstractAsyncContextManager[AdapterRecord]:
