@@ -16,7 +16,7 @@ DEV_READY := $(VENV)/.dev-ready
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo serve bench bench-cpu bench-adapters bench-peers venv test lint pytest proto format clean distclean
+.PHONY: help demo serve bench bench-cpu bench-adapters bench-merge bench-peers venv test lint pytest proto format clean distclean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ bench-cpu: $(DEV_READY) ## Measure this CPU: W16, rows, ranks, first token, star
 bench-adapters: $(DEV_READY) ## 2,000 adapters beside 5 in small budgets, and kill -9 at 200 points; writes bench/results/adapters.json
 	$(BIN)/loraplex bench adapters $(ARGS)
 	KILL_POINTS=200 $(BIN)/python -m pytest -q tests/integration/test_registry_kill.py
+
+bench-merge: $(DEV_READY) ## What a merge costs the requests served beside it; writes bench/results/merge.json
+	$(BIN)/loraplex bench merge $(ARGS)
 
 bench-peers: $(DEV_READY) ## The same load on vLLM, OpenVINO, llama.cpp, PEFT and ours, answers checked; writes bench/results/peers.json
 	TORCH_INDEX=$(TORCH_INDEX) $(BIN)/loraplex bench peers $(ARGS)

@@ -136,6 +136,33 @@ def adapters(
         raise typer.Exit(1)
 
 
+@app.command("merge")
+def merge_(
+    repeat: Annotated[int, typer.Option(help="Runs without and with a merge, in turn.", min=1)] = 5,
+    tokens: Annotated[int, typer.Option(help="Output tokens of each of the 16 requests.", min=1)] = 256,
+    model: Annotated[str, typer.Option(help="What is served: demo, or a Hugging Face folder.")] = "demo",
+    quantization: Annotated[str, typer.Option(help="How it is held; merges are into its dequantized weights.")] = "nf4",
+    serve_args: Annotated[str, typer.Option(help="More arguments for the started server.")] = "",
+    output: Annotated[Path, typer.Option("--json", help="Write the result here.", dir_okay=False)] = Path(
+        "bench/results/merge.json"
+    ),
+) -> None:
+    """Measure what a merge costs the requests that are served beside it (about 5 minutes)."""
+    from loraplex.bench.merge_cost import MergeBench
+    from loraplex.bench.w16 import adapter_name
+    from loraplex.cli import bench_merge
+    from loraplex.cli.model import with_demo
+    from loraplex.cli.termination import sigterm_raises
+
+    base = "full-precision" if quantization == "none" else "dequantized"
+    chosen = MergeBench(adapter_name(0), base, repeat, tokens)
+    arguments = ["--quantization", quantization, *shlex.split(serve_args)]
+    with sigterm_raises():
+        completed = bench_merge.run(Path(with_demo(model)), arguments, chosen, output)
+    if not completed:
+        raise typer.Exit(1)
+
+
 @app.command()
 def peers(
     rounds: Annotated[int, typer.Option(help="Runs of each case on each system.", min=1)] = 3,

@@ -1,0 +1,31 @@
+"""`loraplex bench merge` on a tiny model: the document's shape, and that merges ran beside the load."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from loraplex.cli.main import app
+
+
+@pytest.mark.slow
+def test_load_beside_merges(model_folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "merge.json"
+    options = ["--model", str(model_folder), "--repeat", "1", "--tokens", "64", "--json", str(output)]
+    serve = "--threads 1 --dtype float32 --kv-cache-memory 32MiB --adapter-device-memory 64MiB"
+    result = CliRunner().invoke(app, ["bench", "merge", *options, "--serve-args", serve])
+    assert result.exit_code == 0, result.output
+    document = json.loads(output.read_text())
+    assert document["failed_requests"] == 0
+    assert document["merges_left_at_the_end_of_a_run"] == 1
+    assert document["merge_s_on_an_idle_server"] > 0
+    assert document["tokens_per_second_alone"]["median"] > 0
+    assert document["kept"] == pytest.approx(
+        document["tokens_per_second_beside_merge"]["median"] / document["tokens_per_second_alone"]["median"], rel=1e-3
+    )
+    assert document["merge_mean_kl"] < 1e-6
+    assert document["bench"]["base"] == "dequantized"
+    assert str(tmp_path) not in output.read_text()
