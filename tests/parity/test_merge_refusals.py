@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,67 @@ def test_a_full_disk_and_an_interruption_leave_nothing(tmp_path: Path, monkeypat
     with pytest.raises(ResourceExhaustedError, match="disk is full"):
         merge_adapter(base, adapter, tmp_path / "merged", progress=fill)
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_too_far_from_the_unmerged_model_fails_and_leaves_nothing(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "llama")
+    adapter = make_adapter(base, tmp_path / "adapter", ["q_proj"])
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(PreconditionError, match=r"too far .* mean KL .* at most 1e-09"):
+        merge_adapter(base, adapter, tmp_path / "merged", dtype=torch.bfloat16, max_mean_kl=1e-9)
+    assert sorted(tmp_path.iterdir()) == before
+    result = merge_adapter(base, adapter, tmp_path / "merged", dtype=torch.bfloat16)
+    assert 1e-9 < result.comparison.mean_kl < 1e-2
+
+
+def test_the_check_sees_a_wrong_weight(tmp_path: Path) -> None:
+    """What is compared is what was written, not what was meant."""
+    base = make_base(tmp_path / "base", "llama")
+    adapter = make_adapter(base, tmp_path / "adapter", ["q_proj"])
+
+    def damage(phase: str, done: int, total: int) -> None:
+        if phase == "checking" and done == 1:
+            (folder,) = tmp_path.glob(".*.partial")
+            file = folder / "model.safetensors"
+            weights = load_file(file)
+            weights["model.layers.0.mlp.down_proj.weight"] += 1
+            save_file(weights, file, metadata={"format": "pt"})
+
+    with pytest.raises(PreconditionError, match="too far"):
+        merge_adapter(base, adapter, tmp_path / "merged", progress=damage)
+    assert not (tmp_path / "merged").exists()
+
+
+SPEED_PROGRAM = """
+import json, pathlib, sys
+job = json.load(sys.stdin)
+assert pathlib.Path(job["merged"], "config.json").is_file() and job["scale"] == 0.5 and len(job["prompts"]) == 8
+if sys.argv[1] == "fails":
+    print(json.dumps({"error": "no engine"}))
+elif sys.argv[1] == "measures":
+    print(json.dumps({"done": 1, "total": 1}))
+    side = {"tokens_per_second": 5.0, "first_token_ms": 3.0, "inter_token_ms_p50": 2.0}
+    print(json.dumps({"speed": [{"model": "unmerged", **side}, {"model": "merged", **side}]}))
+"""
+
+
+@pytest.mark.parametrize(("does", "match"), [("fails", "no engine"), ("vanishes", "without a word")])
+def test_speed_that_cannot_be_measured_fails_the_merge(tmp_path: Path, does: str, match: str) -> None:
+    base = make_base(tmp_path / "base", "llama")
+    adapter = make_adapter(base, tmp_path / "adapter", ["q_proj"])
+    before = sorted(tmp_path.iterdir())
+
+    def command(does: str) -> tuple[str, ...]:
+        return (sys.executable, "-c", SPEED_PROGRAM, does)
+
+    with pytest.raises(PreconditionError, match=match):
+        merge_adapter(base, adapter, tmp_path / "merged", scale=0.5, speed_command=command(does))
+    assert sorted(tmp_path.iterdir()) == before
+    result = merge_adapter(base, adapter, tmp_path / "merged", scale=0.5, speed_command=command("measures"))
+    assert [side.model for side in result.speed] == ["unmerged", "merged"]
+    bound = bind(read_adapter(adapter), ModelFolder.open(base).base_model())
+    with pytest.raises(InvalidRequestError, match="measure_speed"):
+        merge_adapter(base, bound, tmp_path / "other", speed_command=command("measures"))
 
 
 @pytest.mark.parametrize(
