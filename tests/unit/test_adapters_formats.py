@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from loraplex.adapters.errors import AdapterFormatError, FieldViolation, InvalidRequestError
-from loraplex.adapters.folder import copy_adapter, require_inside
+from loraplex.adapters.folder import require_inside
+from loraplex.adapters.folder_copy import copy_adapter
 from loraplex.adapters.formats import read_adapter
 from tests.adapter_factory import tensors, tiny_base, write_adapter
 
@@ -71,13 +72,39 @@ def test_a_copy_is_the_same_adapter(tmp_path: Path) -> None:
     (source / "tokenizer_config.json").write_text(json.dumps({"chat_template": "line\r\nline"}))
     (source / "unrelated.py").write_text("raise SystemExit")
     (tmp_path / "copy").mkdir()
-    copy_adapter(source, tmp_path / "copy")
+    copy_adapter(source, tmp_path / "copy", 1 << 20)
     assert read_adapter(tmp_path / "copy").digest == read_adapter(source).digest
     assert sorted(p.name for p in (tmp_path / "copy").iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
         "chat_template.jinja",
     ]
+
+
+def test_a_copy_begins_only_if_it_may_end(tmp_path: Path) -> None:
+    source = write_adapter(tmp_path / "source", template="t")
+    (tmp_path / "copy").mkdir()
+    total = sum(path.stat().st_size for path in source.iterdir())
+    weights = source / "adapter_model.safetensors"
+    for max_bytes, size, reason in (
+        (total - 1, weights.stat().st_size, f"{total} bytes large, more than the {total - 1}"),
+        (1 << 30, 1 << 40, "more than the 1073741824 that this server takes"),  # sparse
+    ):
+        os.truncate(weights, size)
+        with pytest.raises(AdapterFormatError, match=reason):
+            copy_adapter(source, tmp_path / "copy", max_bytes)
+    weights.write_bytes(b"\xff" * 8)
+    os.truncate(weights, 1 << 40)
+    with pytest.raises(AdapterFormatError, match="so it is no adapter"):
+        copy_adapter(source, tmp_path / "copy", 1 << 50)
+    assert list((tmp_path / "copy").iterdir()) == []
+
+
+def test_a_copy_at_the_limit_is_taken(tmp_path: Path) -> None:
+    source = write_adapter(tmp_path / "source", template="")
+    (tmp_path / "copy").mkdir()
+    copy_adapter(source, tmp_path / "copy", sum(path.stat().st_size for path in source.iterdir()))
+    assert read_adapter(tmp_path / "copy").digest == read_adapter(source).digest
 
 
 def test_folder_without_config(tmp_path: Path) -> None:

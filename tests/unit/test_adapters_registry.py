@@ -250,7 +250,7 @@ def test_a_full_disk_changes_nothing(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     before = registry.register("a", source / "one").record
-    for target in ("shutil.copyfileobj", "os.fsync"):
+    for target in ("loraplex.adapters.folder_copy._copy", "os.fsync"):
         with monkeypatch.context() as patch:
             patch.setattr(target, full)
             with pytest.raises(ResourceExhaustedError, match="disk is full"):

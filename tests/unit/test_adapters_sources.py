@@ -13,7 +13,13 @@ from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import _registry
 
-from loraplex.adapters.errors import InvalidRequestError, NotFoundError, PreconditionError, SourceError
+from loraplex.adapters.errors import (
+    AdapterFormatError,
+    InvalidRequestError,
+    NotFoundError,
+    PreconditionError,
+    SourceError,
+)
 from loraplex.adapters.formats import read_adapter
 from loraplex.adapters.registry import AdapterRegistry
 from loraplex.adapters.sources import AdapterSources, SourcePolicy, parse_url
@@ -205,6 +211,16 @@ def test_too_much_is_not_taken(memory: Any, tmp_path: Path) -> None:
     exact = opened(tmp_path, "memory://adapters", max_bytes=total)
     assert exact.register("a", "memory://adapters/a").record.name == "a"
     exact.close()
+
+
+def test_a_folder_on_the_servers_disk_has_the_same_limit(tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "one")
+    total = sum(path.stat().st_size for path in folder.iterdir())
+    registry = opened(tmp_path, f"file://{tmp_path}", max_bytes=total - 1)
+    with pytest.raises(AdapterFormatError, match=f"more than the {total - 1}"):
+        registry.register("a", folder)
+    registry.check_integrity()
+    registry.close()
 
 
 def test_a_source_that_hangs_is_given_up(hub: type[Hub], tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import stat
 from pathlib import Path
 from typing import BinaryIO
@@ -72,7 +71,7 @@ def read_inside(folder: Path, name: str) -> bytes:
     if path is None:
         raise AdapterFormatError.of(name, "is missing; a PEFT adapter folder has one")
     limit = _MAX_TEXT_BYTES[name]
-    with _open(path) as file:
+    with open_inside(path) as file:
         data = file.read(limit + 1)
     if len(data) > limit:
         raise AdapterFormatError.of(name, f"is larger than {limit >> 20} MiB")
@@ -123,24 +122,13 @@ def read_chat_template(folder: Path) -> str | None:
     return template
 
 
-def copy_adapter(source: Path, target: Path) -> None:
-    """Copy what makes an adapter from `source` into the empty folder `target`: config, weights, chat template.
-
-    The template is written as `chat_template.jinja` whatever file held it.
+def open_inside(resolved: Path) -> BinaryIO:
+    """Open a path that `find_inside` has returned.
 
     Raises:
-        AdapterFormatError: as the readers above.
-        OSError: if the copy fails, for instance for lack of space.
+        AdapterFormatError: if it is not a regular file any more.
+        OSError: if it cannot be opened.
     """
-    (target / CONFIG_FILE).write_bytes(read_inside(source, CONFIG_FILE))
-    template = read_chat_template(source)
-    if template is not None:
-        (target / TEMPLATE_FILE).write_bytes(template.encode())
-    with _open(require_weights(source)) as weights, (target / WEIGHTS_FILE).open("wb") as copy:
-        shutil.copyfileobj(weights, copy, 1 << 20)
-
-
-def _open(resolved: Path) -> BinaryIO:
     # O_NOFOLLOW and O_NONBLOCK: the file may have been exchanged for a link or a pipe since it was looked at.
     descriptor = os.open(resolved, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):

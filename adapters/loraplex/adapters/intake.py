@@ -19,7 +19,8 @@ from loraplex.adapters.directory import Version
 from loraplex.adapters.disk import disk_full_is_typed, sync_folder
 from loraplex.adapters.errors import CorruptStoreError, NotFoundError, PreconditionError
 from loraplex.adapters.files import AdapterFiles
-from loraplex.adapters.folder import WEIGHTS_FILE, copy_adapter
+from loraplex.adapters.folder import WEIGHTS_FILE
+from loraplex.adapters.folder_copy import copy_adapter
 from loraplex.adapters.formats import Adapter, parse_adapter
 from loraplex.adapters.layout import Layout, Layouts
 from loraplex.adapters.store import BlobStore
@@ -47,9 +48,11 @@ class _Checked:
 class Intake:
     """Checks adapters against one base model."""
 
-    def __init__(self, store: BlobStore, base: BaseModel) -> None:
+    def __init__(self, store: BlobStore, base: BaseModel, max_bytes: int) -> None:
+        """`max_bytes` is the largest adapter that is taken in, all its files together."""
         self._store = store
         self._base = base
+        self._max_bytes = max_bytes
         self._lock = threading.Lock()
         self._reports: dict[str, BindReport] = {}
         self._layouts = Layouts()
@@ -66,7 +69,7 @@ class Intake:
         """
         with disk_full_is_typed("taking in an adapter"), self._store.staging() as staged:
             with self._refusals_kept():
-                copy_adapter(folder, staged)
+                copy_adapter(folder, staged, self._max_bytes)
                 checked = self._checked(AdapterFiles.read(staged), staged)
             digest = checked.bound.digest
             if expected_digest and digest != expected_digest:

@@ -59,7 +59,7 @@ class AdapterRegistry:
         self._sources = AdapterSources(allowed_roots, policy, self.incoming)
         self._owner = lock_folder(root)
         try:
-            self.stock = Stock(root / "store", base)
+            self.stock = Stock(root / "store", base, policy.max_bytes)
             self._catalog = Catalog(f"sqlite:///{root / 'catalog.sqlite'}")
             shutil.rmtree(self.incoming, ignore_errors=True)
             self.incoming.mkdir()
@@ -87,7 +87,7 @@ class AdapterRegistry:
 
     @property
     def max_bytes(self) -> int:
-        """The largest adapter that may be fetched or uploaded, all its files together."""
+        """The largest adapter that is taken in, all its files together."""
         return self._sources.policy.max_bytes
 
     @property

@@ -35,7 +35,7 @@ class SourcePolicy:
 
     Attributes:
         url_prefixes: URLs below which `register` may read; none are allowed unless they are named.
-        max_bytes: the largest adapter that is fetched or uploaded, all its files together.
+        max_bytes: the largest adapter that is taken in, from wherever, all its files together.
         timeout_s: how long fetching one may take, in seconds.
     """
 

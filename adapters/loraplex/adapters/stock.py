@@ -27,10 +27,10 @@ from loraplex.adapters.store import BlobStore, LocalBlobStore
 class Stock:
     """Weights by digest for one base model; deleted as soon as no name has them and no request uses them."""
 
-    def __init__(self, root: Path, base: BaseModel) -> None:
-        """Open or create the store at `root`."""
+    def __init__(self, root: Path, base: BaseModel, max_bytes: int) -> None:
+        """Open or create the store at `root`, which takes adapters of at most `max_bytes` bytes."""
         self._store: BlobStore = LocalBlobStore(root)
-        self._intake = Intake(self._store, base)
+        self._intake = Intake(self._store, base, max_bytes)
         self._base = base
         self._lock = threading.Lock()
         self._writing = threading.Lock()

@@ -22,7 +22,7 @@ from loraplex.adapters.folder import WEIGHTS_FILE
 MAX_HEADER_BYTES = 16 << 20
 # The largest adapters have some 5,000; each is looked at by name several times.
 MAX_TENSORS = 20_000
-_LENGTH_BYTES = 8
+LENGTH_BYTES = 8
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
@@ -42,7 +42,20 @@ def read_weights_file(path: Path) -> bytearray:
 
 def header_of(content: bytearray) -> bytes:
     """Return the text of the header: names, types, shapes and places of the tensors; what there is of it."""
-    return bytes(content[_LENGTH_BYTES : _LENGTH_BYTES + _header_bytes(content)])
+    return bytes(content[LENGTH_BYTES : LENGTH_BYTES + _header_bytes(content)])
+
+
+def require_sane_header(start: bytes | bytearray, file_bytes: int) -> None:
+    """Check the length of the header, which the first `LENGTH_BYTES` bytes of a file of `file_bytes` bytes give.
+
+    Raises:
+        AdapterFormatError: if it is too long for an adapter, or for the file.
+    """
+    header_bytes = _header_bytes(start)
+    if header_bytes > MAX_HEADER_BYTES:
+        raise AdapterFormatError.of(WEIGHTS_FILE, f"claims a header of {header_bytes} bytes, so it is no adapter")
+    if LENGTH_BYTES + header_bytes > file_bytes:
+        raise AdapterFormatError.of(WEIGHTS_FILE, "is damaged or incomplete: its header ends beyond its end")
 
 
 def read_tensors(content: bytearray, path: Path) -> dict[str, torch.Tensor]:
@@ -53,9 +66,8 @@ def read_tensors(content: bytearray, path: Path) -> dict[str, torch.Tensor]:
             type or value that is no number.
         OSError: if it cannot be read.
     """
+    require_sane_header(content, len(content))
     header_bytes = _header_bytes(content)
-    if header_bytes > MAX_HEADER_BYTES:
-        raise AdapterFormatError.of(WEIGHTS_FILE, f"claims a header of {header_bytes} bytes, so it is no adapter")
     try:
         # The library checks that tensors lie side by side and fill the file; it reads the header only.
         with safe_open(str(path), framework="pt"):
@@ -64,7 +76,7 @@ def read_tensors(content: bytearray, path: Path) -> dict[str, torch.Tensor]:
         if len(entries) > MAX_TENSORS:
             raise AdapterFormatError.of(WEIGHTS_FILE, f"has {len(entries)} tensors, so it is no adapter")
         _check_entries(entries)
-        start = _LENGTH_BYTES + header_bytes
+        start = LENGTH_BYTES + header_bytes
         tensors = {
             name: view(content, _DTYPES[entry["dtype"]], entry["shape"], start + entry["data_offsets"][0])
             for name, entry in entries.items()
@@ -92,8 +104,8 @@ def view(content: bytearray, dtype: torch.dtype, shape: Sequence[int], offset: i
     return torch.frombuffer(content, dtype=dtype, count=math.prod(shape), offset=offset).view(*shape)
 
 
-def _header_bytes(content: bytearray) -> int:
-    return int.from_bytes(content[:_LENGTH_BYTES], "little")
+def _header_bytes(content: bytes | bytearray) -> int:
+    return int.from_bytes(content[:LENGTH_BYTES], "little")
 
 
 def _check_entries(entries: dict[str, dict[str, Any]]) -> None:

@@ -51,7 +51,7 @@ def serve(
         float, typer.Option(help="Seconds that fetching one from a URL may take.", rich_help_panel=_ADAPTERS)
     ] = SourcePolicy.timeout_s,
     max_upload_size: Annotated[
-        str, typer.Option(help="The largest adapter taken by upload or from a URL.", rich_help_panel=_ADAPTERS)
+        str, typer.Option(help="The largest adapter taken, from wherever.", rich_help_panel=_ADAPTERS)
     ] = format_size(SourcePolicy.max_bytes),
     adapter_device_memory: Annotated[
         str, typer.Option(help="For adapter weights beside the base.", rich_help_panel=_ADAPTERS)
