@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from loraplex.bench.peers.driver import Job, answer_lines
-from loraplex.bench.peers.transformers_peft import BASE
+from loraplex.bench.peers.transformers_peft import BASE, load_with_adapters
 
 
 class Oracle:
@@ -21,20 +21,11 @@ class Oracle:
 
     def start(self, asked: dict[str, Any]) -> dict[str, Any]:
         """Load the job's model and adapters."""
-        import torch
-        from peft import PeftModel
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoTokenizer
 
         job = Job.parse(asked["start"])
-        torch.set_num_threads(job.threads)
         self._tokenizer = AutoTokenizer.from_pretrained(job.model)
-        model: Any = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32)
-        for name, folder in job.adapters.items():
-            if isinstance(model, PeftModel):
-                model.load_adapter(folder, name)
-            else:
-                model = PeftModel.from_pretrained(model, folder, name)
-        self._model = model.eval()
+        self._model = load_with_adapters(job, "float32")
         return {}
 
     def tokenize(self, asked: dict[str, Any]) -> dict[str, Any]:
@@ -48,20 +39,21 @@ class Oracle:
         token; the greedy share is that of the tokens which are the most likely ones. What an exact model writes
         has regret 0 and share 1.
         """
-        scores = []
-        for prompt, output, adapters in asked["score"]:
-            scores.append([self._score(prompt, output, adapter) for adapter in adapters])
-        return {"scores": scores}
+        return {"scores": [self._scores(prompt, output, adapters) for prompt, output, adapters in asked["score"]]}
 
-    def _score(self, prompt: list[int], output: list[int], adapter: str) -> tuple[float, float]:
+    def _scores(self, prompt: list[int], output: list[int], adapters: list[str]) -> list[tuple[float, float]]:
+        """Return the scores under each adapter, all of them in one batch."""
         import torch
 
-        ids = torch.tensor([prompt + output])
+        ids = torch.tensor([prompt + output]).expand(len(adapters), -1)
         with torch.inference_mode():
-            logits = self._model(ids, adapter_names=[adapter or BASE]).logits[0, len(prompt) - 1 : -1]
+            logits = self._model(ids, adapter_names=[name or BASE for name in adapters]).logits
         written = torch.tensor(output)
-        regret = logits.amax(-1) - logits.gather(1, written[:, None])[:, 0]
-        return float(regret.mean()), float((logits.argmax(-1) == written).double().mean())
+        scores = []
+        for row in logits[:, len(prompt) - 1 : -1]:
+            regret = row.amax(-1) - row.gather(1, written[:, None])[:, 0]
+            scores.append((float(regret.mean()), float((row.argmax(-1) == written).double().mean())))
+        return scores
 
 
 if __name__ == "__main__":

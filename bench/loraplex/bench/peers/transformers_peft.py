@@ -23,20 +23,12 @@ class TransformersPeft:
     def start(self, job: Job) -> Facts:
         """Load the model in bfloat16 (or the option `dtype`), and the adapters beside it."""
         import peft
-        import torch
         import transformers
 
-        torch.set_num_threads(job.threads)
         dtype = job.options.get("dtype", "bfloat16")
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(job.model, dtype=getattr(torch, dtype))
-        model.generation_config.eos_token_id = None
-        model.generation_config.pad_token_id = 0
-        for name, folder in job.adapters.items():
-            if isinstance(model, peft.PeftModel):
-                model.load_adapter(folder, name)
-            else:
-                model = peft.PeftModel.from_pretrained(model, folder, name)
-        self._model = model.eval()
+        self._model = load_with_adapters(job, dtype)
+        self._model.generation_config.eos_token_id = None
+        self._model.generation_config.pad_token_id = 0
         version = f"transformers {transformers.__version__}, peft {peft.__version__}"
         return Facts(version, dtype, "in process, one static batch")
 
@@ -58,6 +50,22 @@ class TransformersPeft:
 
     def stop(self) -> None:
         """Nothing is to be stopped."""
+
+
+def load_with_adapters(job: Job, dtype: str) -> Any:
+    """Return the job's model in `dtype` with all of its adapters beside it, in PEFT if there are any."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(job.threads)
+    model: Any = AutoModelForCausalLM.from_pretrained(job.model, dtype=getattr(torch, dtype))
+    for name, folder in job.adapters.items():
+        if isinstance(model, PeftModel):
+            model.load_adapter(folder, name)
+        else:
+            model = PeftModel.from_pretrained(model, folder, name)
+    return model.eval()
 
 
 if __name__ == "__main__":
