@@ -46,6 +46,9 @@ class BaseParameters:
         embedding, positions: which of them is which; `positions` None where there are none.
         stored_across: names of the weights that the checkpoint has as (in, out).
         table: the embedding itself, (vocab, hidden); None where it is not known.
+        tied: whether lm_head is made of `table`.
+        head_digest: otherwise `copies.matrix_digest` of what lm_head is made of, in `activations`; "" where that is not
+            known (a checkpoint that holds lm_head quantized).
         factors: DoRA's, of adapters on this base.
     """
 
@@ -58,4 +61,6 @@ class BaseParameters:
     positions: str | None = None
     stored_across: Collection[str] = frozenset()
     table: torch.Tensor | None = None
+    tied: bool = False
+    head_digest: str = ""
     factors: FactorCache = field(default_factory=FactorCache)

@@ -60,7 +60,7 @@ class _Packing:
     def __init__(
         self, bound: BoundAdapter, sites: Sequence[LinearSite], dtype: torch.dtype, base: BaseParameters | None
     ) -> None:
-        bound = bound if base is None else without_copies(bound, sites, base)
+        bound = bound if base is None else without_copies(bound, base)
         self._bound = bound
         self._sites = [SitePacker(bound, index, site, dtype, base) for index, site in enumerate(sites)]
         self._embedding = None if base is None else EmbeddingPacker(bound, dtype, base)

@@ -15,6 +15,7 @@ import torch
 from loraplex.server.attention.interface import Attention, AttentionParams
 from loraplex.server.errors import ModelLoadError
 from loraplex.server.lora.base import BaseNorm, BaseParameters
+from loraplex.server.lora.copies import matrix_digest
 from loraplex.server.models.activations import make_activation
 from loraplex.server.models.config import DecoderConfig
 from loraplex.server.models.decoder import Decoder, DecoderParts
@@ -75,6 +76,7 @@ class DecoderBuilder:
         """Memory of everything that `build` put into the decoder, vectors as they were stored."""
         self.tied = False
         """Whether `build` made lm_head of the embedding matrix."""
+        self._head_digest = ""
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Take one tensor, which may be a view of a mapped file."""
@@ -158,6 +160,8 @@ class DecoderBuilder:
             positions=layout.positions,
             stored_across=across if layout.names.conv1d else (),
             table=self._vectors[layout.embedding],
+            tied=self.tied,
+            head_digest=self._head_digest,
         )
 
     def _make_embeddings(self) -> bool:
@@ -177,6 +181,8 @@ class DecoderBuilder:
         weight = table if tied else head
         assert weight is not None, "an lm_head was checked to be there"
         self._linears[last] = self._pack(LM_HEAD, [{"weight": weight}])
+        if not tied:
+            self._head_digest = matrix_digest(weight, self._activations)
         return tied
 
     def _layer(self, index: int, norms: Mapping[str, Norm]) -> DecoderLayer:
