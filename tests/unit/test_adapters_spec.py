@@ -207,6 +207,8 @@ def test_traits_follow_from_the_config() -> None:
         ("r", None),
         ("lora_alpha", "16"),
         ("lora_alpha", 10**400),
+        ("lora_alpha", 1e300),
+        ("alpha_pattern", {"q_proj": -1e39}),
         ("use_rslora", 1),
         ("rank_pattern", {"q_proj": 0}),
         ("rank_pattern", {"(": 8}),

@@ -7,7 +7,6 @@ tensors or base models.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -22,6 +21,7 @@ MAX_SAVED_MODULES = 256
 # It is a word or a turn's beginning, some ten tokens, and is looked for in every prompt.
 MAX_INVOCATION_TOKENS = 1024
 _MAX_TOKEN = 2**31 - 1
+_MAX_ALPHA = (2 - 2**-23) * 2.0**127  # the largest float32
 
 # Keys that leave the result of a forward pass as it is: bookkeeping, training, or how the matrices were first filled.
 # fan_in_fan_out is among them because PEFT itself sets it from the type of the base's layer.
@@ -139,10 +139,10 @@ class _Reader:
         config = self._config
         spec = AdapterSpec(
             rank=self._value("r", _is_rank, f"a whole number from 1 to {MAX_RANK}", 1, optional=False),
-            alpha=self._value("lora_alpha", _is_number, "a finite number", 1.0, optional=False),
+            alpha=self._value("lora_alpha", _is_alpha, "a number that float32 holds", 1.0, optional=False),
             use_rslora=self._flag("use_rslora"),
             rank_pattern=self._pattern("rank_pattern", _is_rank, "positive whole numbers"),
-            alpha_pattern=self._pattern("alpha_pattern", _is_number, "finite numbers"),
+            alpha_pattern=self._pattern("alpha_pattern", _is_alpha, "numbers that float32 holds"),
             target_modules=self._selector("target_modules"),
             exclude_modules=self._selector("exclude_modules"),
             layers=self._integers("layers_to_transform", single=True),
@@ -285,9 +285,9 @@ def _is_rank(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MAX_RANK
 
 
-def _is_number(value: object) -> bool:
-    # The comparison also refuses integers too long for a float, which JSON can hold.
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+def _is_alpha(value: object) -> bool:
+    # B is multiplied by it in float32. JSON can hold integers too long for any float.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _MAX_ALPHA
 
 
 def _is_list(value: object, kind: type) -> bool:

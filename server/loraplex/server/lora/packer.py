@@ -13,6 +13,7 @@ import torch
 
 from loraplex.adapters.binding import BoundAdapter
 from loraplex.server.lora.base import BaseParameters
+from loraplex.server.lora.finite import refuse_not_finite
 from loraplex.server.lora.packing import pack_adapter
 from loraplex.server.lora.weights import LinearSite, PackedAdapter, SliceWeights
 
@@ -67,11 +68,17 @@ class Packer:
         self._plans: WeakKeyDictionary[object, _Plan] = WeakKeyDictionary()
 
     def pack(self, bound: BoundAdapter) -> PackedAdapter:
-        """Return what `pack_adapter` would.
+        """Return what `pack_adapter` would, once all its numbers are known to be finite.
 
         Raises:
             ValueError: as `pack_adapter` does.
+            PreconditionError: if it has numbers that are not finite.
         """
+        packed = self._pack(bound)
+        refuse_not_finite(packed, self._sites)
+        return packed
+
+    def _pack(self, bound: BoundAdapter) -> PackedAdapter:
         plan = self._plans.get(bound.layout) if bound.layout is not None else None
         if plan is not None:
             return plan.pack(bound, self._dtype, self._pinned)
