@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from loraplex.adapters.binding import BoundAdapter, ModuleWeights, TokenRows
 from loraplex.server.lora.base import BaseParameters
-from loraplex.server.lora.dora import BaseWeight, FactorCache, column_factors
+from loraplex.server.lora.dora import CACHED_BYTES, BaseWeight, FactorCache, column_factors
 from loraplex.server.lora.ops.cpu import CpuLoraOps
 from loraplex.server.lora.ops.interface import LoraOps
 from loraplex.server.lora.ops.reference import ReferenceLoraOps
@@ -375,7 +375,8 @@ def test_factors_are_kept_within_a_bound() -> None:
     assert computed[3:] == [("a", 1)]
 
 
-def test_a_second_packing_takes_the_factors_of_the_first() -> None:
+@pytest.mark.parametrize(("kept_bytes", "reads"), [(CACHED_BYTES, 1), (0, 2)])
+def test_factors_are_computed_once_a_packing_and_kept_for_the_next(kept_bytes: int, reads: int) -> None:
     class Weight:
         def __init__(self) -> None:
             self.reads = 0
@@ -386,8 +387,8 @@ def test_a_second_packing_takes_the_factors_of_the_first() -> None:
 
     base = Base.make(SITES)
     weight = Weight()
-    parameters = base_parameters([weight, weight], base.biases)
+    parameters = replace(base_parameters([weight, weight], base.biases), factors=FactorCache(kept_bytes))
     bound = bound_adapter(base, {"qkv.0": Kind("dora"), "qkv.2": Kind("dora")}, 2, 0)
     first, second = (pack_adapter(bound, SITES, torch.float32, CPU, parameters) for _ in range(2))
-    assert weight.reads == 1
+    assert weight.reads == reads
     assert torch.equal(first.sites[0][1].b_t, second.sites[0][1].b_t)

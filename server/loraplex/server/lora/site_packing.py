@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -75,7 +76,7 @@ class SitePacker:
         def b_t() -> torch.Tensor:
             b = module.b.float() * module.scaling
             if module.magnitude is not None:
-                b = b * self._factors()[part.start : part.end, None].to(b.device)
+                b = b * self._factors[part.start : part.end, None].to(b.device)
             return b.T
 
         a = buffer.put((module.rank, self._site.in_features), self._dtype, lambda: module.a.float())
@@ -90,7 +91,7 @@ class SitePacker:
             out_features=self._site.out_features,
             columns=tuple(self._columns(part, buffer) for part in self._weights),
             rows=tuple(self._token_rows(part, buffer) for part in self._rows),
-            factors=vector(self._is_dora, self._factors),
+            factors=vector(self._is_dora, lambda: self._factors),
             scaled_bias=vector(self._has_scaled_bias, self._scaled_bias),
             bias=vector(bool(self._biases), self._bias),
         )
@@ -104,7 +105,9 @@ class SitePacker:
         tokens = buffer.put((len(part.value.tokens),), torch.int64, lambda: part.value.tokens + part.start)
         return ReplacedRows(tokens, buffer.put_once(part.value.rows, self._known_base.activations))
 
+    @functools.cached_property
     def _factors(self) -> torch.Tensor:
+        # Kept here too: the cache may have no room for the factors of one large adapter.
         return self._known_base.factors.get(self._digest, self._index, self._computed_factors)
 
     def _computed_factors(self) -> torch.Tensor:
