@@ -8,8 +8,8 @@ token therefore changes the text; `expected_tokens` says what it must be.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from tokenizers import Tokenizer as FastTokenizer
@@ -116,6 +116,23 @@ def byte_tokenizer() -> Tokenizer:
 def packed(digest: str, nbytes: int = 1) -> PackedAdapter:
     """An adapter without weights that claims to take `nbytes` bytes."""
     return PackedAdapter(digest=digest, sites=(), nbytes=nbytes, rank=1)
+
+
+@dataclass(frozen=True)
+class Unmovable(PackedAdapter):
+    """An adapter that the device refuses as many times as there are `refusals`, each with the next of them."""
+
+    refusals: Iterator[Exception] = field(kw_only=True)
+
+    @classmethod
+    def make(cls, digest: str, *refusals: Exception, nbytes: int = 1) -> Unmovable:
+        return cls(digest=digest, sites=(), nbytes=nbytes, rank=1, refusals=iter(refusals))
+
+    def to(self, device: torch.device) -> PackedAdapter:
+        refusal = next(self.refusals, None)
+        if refusal is not None:
+            raise refusal
+        return self
 
 
 def make_engine(

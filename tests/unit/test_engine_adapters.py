@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from loraplex.server.engine.commands import (
     AddRequest,
     ForgetAdapter,
@@ -16,7 +18,7 @@ from loraplex.server.errors import (
 )
 from loraplex.server.lora.weights import PackedAdapter
 from tests.unit.engine_driving import Outbox, check_integrity, request, run
-from tests.unit.fakes import FakeDecoder, expected_tokens, make_engine, packed
+from tests.unit.fakes import FakeDecoder, Unmovable, expected_tokens, make_engine, packed
 
 
 def test_adapters_and_base_share_a_step() -> None:
@@ -152,4 +154,21 @@ def test_choices_of_one_request_that_cannot_return_end_it_together() -> None:
     assert isinstance(outbox.last("two").error, ResourceExhaustedError)
     assert sum(output.finished for output in outbox.outputs["two"]) == 1
     assert outbox.tokens("old") == expected_tokens([1, 2, 3, 4], 28)
+    check_integrity(engine)
+
+
+def test_a_device_without_memory_fails_only_the_requests_for_what_it_has_no_room_for() -> None:
+    def load(digest: str) -> PackedAdapter:
+        full = [torch.OutOfMemoryError("none left")] * 1000
+        return Unmovable.make(digest, *full) if digest == "x" else packed(digest)
+
+    outbox = Outbox()
+    engine = make_engine(outbox, load=load)
+    engine.submit(PinAdapter("x"))
+    for name, digest in (("a", "x"), ("b", "y"), ("c", None)):
+        engine.submit(AddRequest(request(name, [1, 2], adapter_digest=digest)))
+    run(engine)
+    assert isinstance(outbox.last("a").error, ResourceExhaustedError)
+    assert outbox.tokens("b") == expected_tokens([1, 2], 8, "y")
+    assert outbox.tokens("c") == expected_tokens([1, 2], 8)
     check_integrity(engine)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from loraplex.server.errors import EngineError, LoraplexError, ResourceExhaustedError
 from loraplex.server.lora.slots import SlotPool
-from tests.unit.fakes import packed
+from tests.unit.fakes import Unmovable, packed
 
 CPU = torch.device("cpu")
 
@@ -69,3 +70,28 @@ def test_slot_numbers_are_never_used_twice() -> None:
 def test_a_negative_budget_is_refused() -> None:
     with pytest.raises(ValueError, match="capacity_bytes"):
         SlotPool(-1, CPU)
+
+
+def test_idle_adapters_leave_one_by_one_while_the_device_has_no_memory() -> None:
+    pool = pool_of("used", "pinned", "old", "new", capacity=100)
+    pool.retain("used")
+    pool.pin("pinned")
+    assert pool.install(Unmovable.make("x", torch.OutOfMemoryError("none left")))
+    assert pool.resident == {"used", "pinned", "new", "x"}
+    assert pool.stats.evictions == 1
+    pool.check_integrity()
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [(torch.OutOfMemoryError("none left"), ResourceExhaustedError), (RuntimeError("bus error"), EngineError)],
+)
+def test_a_device_that_refuses_is_a_typed_error_and_leaves_the_pool_whole(
+    raised: Exception, expected: type[LoraplexError]
+) -> None:
+    pool = pool_of("used", capacity=100)
+    pool.retain("used")
+    with pytest.raises(expected, match="adapter x"):
+        pool.install(Unmovable.make("x", raised))
+    assert pool.resident == {"used"}
+    pool.check_integrity()

@@ -6,14 +6,18 @@ thread changes anything here, at step boundaries. Knows digests, bytes and slots
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from loraplex.server.engine.stats import TierStats
+from loraplex.server.errors import EngineError, ResourceExhaustedError
 from loraplex.server.lora.weights import PackedAdapter
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -96,10 +100,14 @@ class SlotPool:
         """Bring an adapter that is not here onto the device; return False, with nothing changed, if there is no room.
 
         Others leave for it as far as they may and must. On a GPU the copy is put in the line of the device's work.
+
+        Raises:
+            ResourceExhaustedError: if the budget has room but the device has no memory, whatever idle ones leave.
+            EngineError: if the device refuses the copy for another reason.
         """
         if not self._make_room(packed.nbytes):
             return False
-        self._entries[packed.digest] = entry = _Entry(self._next_slot, packed.to(self.device))
+        self._entries[packed.digest] = entry = _Entry(self._next_slot, self._moved(packed))
         self._by_slot[entry.slot] = entry.packed
         self._next_slot += 1
         self._installs += 1
@@ -145,18 +153,41 @@ class SlotPool:
         """Evict idle adapters until `nbytes` fit; evict none if that would not be enough."""
         missing = self._used + nbytes - self.capacity_bytes
         victims: list[str] = []
-        for digest, entry in self._entries.items():
+        for digest in self._idle():
             if missing <= 0:
                 break
-            if entry.rows == 0 and digest not in self._pins:
-                victims.append(digest)
-                missing -= entry.packed.nbytes
+            victims.append(digest)
+            missing -= self._entries[digest].packed.nbytes
         if missing > 0:
             return False
         for digest in victims:
-            self._drop(digest)
-            self._evictions += 1
+            self._evict(digest)
         return True
+
+    def _moved(self, packed: PackedAdapter) -> PackedAdapter:
+        """Copy an adapter to the device, for which idle ones leave one by one while the device has no memory."""
+        while True:
+            try:
+                return packed.to(self.device)
+            except torch.OutOfMemoryError as error:
+                victim = next(self._idle(), None)
+                if victim is None:
+                    raise ResourceExhaustedError(
+                        f"the device has no memory for the {packed.nbytes} bytes of adapter {packed.digest}; lower "
+                        "--kv-cache-memory or --adapter-device-memory so that both fit"
+                    ) from error
+                self._evict(victim)
+            except RuntimeError as error:
+                logger.exception("adapter %s could not be copied to the device", packed.digest)
+                raise EngineError(f"adapter {packed.digest} could not be copied to the device: {error}") from error
+
+    def _idle(self) -> Iterator[str]:
+        """Yield what may leave, the least recently used first."""
+        return (digest for digest, entry in self._entries.items() if entry.rows == 0 and digest not in self._pins)
+
+    def _evict(self, digest: str) -> None:
+        self._drop(digest)
+        self._evictions += 1
 
     def _drop(self, digest: str) -> int:
         entry = self._entries.pop(digest)

@@ -249,8 +249,14 @@ class AdapterTiers:
                 logger.warning("%s", self._failures[digest])
             return Residency.FAILED
         start = time.monotonic()
-        if not self._device.install(packed):
-            return Residency.NO_ROOM
+        try:
+            if not self._device.install(packed):
+                return Residency.NO_ROOM
+        except LoraplexError as error:
+            self._drop_ready(digest)
+            self._failures[digest] = error
+            self.revision += 1  # others may have left in vain
+            return Residency.FAILED
         self._load_stats.append(LoadStats("device", time.monotonic() - start))
         self._drop_ready(digest)
         self.revision += 1
