@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from loraplex.server.lora.host_pool import HostPool
+from loraplex.server.lora.host_pool import HostPool, pinned_nbytes
 from tests.unit.fakes import packed
 
 
@@ -70,3 +70,18 @@ def test_a_second_copy_takes_the_first_ones_place() -> None:
 def test_a_negative_budget_is_refused() -> None:
     with pytest.raises(ValueError, match="capacity_bytes"):
         HostPool(-1)
+
+
+def test_pinned_memory_is_counted_in_the_blocks_that_it_comes_in() -> None:
+    assert [pinned_nbytes(size) for size in (0, 1, 2, 3, 64, 65, 2**30 + 1)] == [0, 1, 2, 4, 64, 128, 2**31]
+    pool = HostPool(16, pinned=True)
+    assert pool.put(packed("a", 5))
+    assert pool.put(packed("b", 8))
+    pool.hold("b")
+    assert (pool.nbytes("a"), pool.stats.used_bytes, pool.held_bytes) == (8, 16, 8)
+    pool.check_integrity()
+    assert pool.put(packed("c", 1))
+    assert pool.digests == {"b", "c"}
+    assert not pool.put(packed("d", 9))
+    assert (pool.forget("b"), pool.stats.used_bytes) == (8, 1)
+    pool.check_integrity()

@@ -14,11 +14,19 @@ from loraplex.server.engine.stats import TierStats
 from loraplex.server.lora.weights import PackedAdapter
 
 
+def pinned_nbytes(nbytes: int) -> int:
+    """Return what a block of `nbytes` of pinned memory takes: PyTorch's allocator rounds it up to a power of two.
+
+    Source: `CachingHostAllocator` in PyTorch, which keeps such blocks so that any of them serves many sizes.
+    """
+    return 1 << (nbytes - 1).bit_length() if nbytes else 0
+
+
 class HostPool:
     """The adapters in host memory, at most `capacity_bytes` together."""
 
-    def __init__(self, capacity_bytes: int) -> None:
-        """Start empty.
+    def __init__(self, capacity_bytes: int, *, pinned: bool = False) -> None:
+        """Start empty; `pinned` says that the adapters' memory is, as it is for a GPU.
 
         Raises:
             ValueError: if `capacity_bytes` is negative.
@@ -26,6 +34,7 @@ class HostPool:
         if capacity_bytes < 0:
             raise ValueError(f"capacity_bytes must not be negative, got {capacity_bytes}")
         self.capacity_bytes = capacity_bytes
+        self._pinned = pinned
         self._lock = threading.Lock()
         self._entries: OrderedDict[str, PackedAdapter] = OrderedDict()  # least recently used first
         self._holds: Counter[str] = Counter()
@@ -54,11 +63,15 @@ class HostPool:
                 len(self._entries), self._used, self._peak, self.capacity_bytes, self._loads, self._evictions
             )
 
+    def size_of(self, packed: PackedAdapter) -> int:
+        """Return the bytes that an adapter takes, or would take, here."""
+        return pinned_nbytes(packed.nbytes) if self._pinned else packed.nbytes
+
     def nbytes(self, digest: str) -> int:
         """Return the bytes that an adapter takes here; 0 if it is not here."""
         with self._lock:
             packed = self._entries.get(digest)
-            return 0 if packed is None else packed.nbytes
+            return 0 if packed is None else self.size_of(packed)
 
     def get(self, digest: str) -> PackedAdapter | None:
         """Return an adapter's weights if they are here, and count that as a use."""
@@ -76,11 +89,12 @@ class HostPool:
         with self._lock:
             self._loads += 1
             self._remove(packed.digest)
-            if packed.nbytes + self._held_bytes() > self.capacity_bytes:
+            size = self.size_of(packed)
+            if size + self._held_bytes() > self.capacity_bytes:
                 return False
-            self._evict(self._used + packed.nbytes - self.capacity_bytes)
+            self._evict(self._used + size - self.capacity_bytes)
             self._entries[packed.digest] = packed
-            self._used += packed.nbytes
+            self._used += size
             self._peak = max(self._peak, self._used)
             return True
 
@@ -110,13 +124,13 @@ class HostPool:
             AssertionError: naming what disagrees.
         """
         with self._lock:
-            assert self._used == sum(packed.nbytes for packed in self._entries.values()), "the sum is off"
+            assert self._used == sum(map(self.size_of, self._entries.values())), "the sum is off"
             assert self._used <= self._peak <= self.capacity_bytes, f"{self._used}, at most {self._peak} bytes"
             assert self._holds.keys() <= self._entries.keys(), "something is held that is not here"
             assert all(count > 0 for count in self._holds.values()), "a hold without a holder"
 
     def _held_bytes(self) -> int:
-        return sum(self._entries[digest].nbytes for digest in self._holds)
+        return sum(self.size_of(self._entries[digest]) for digest in self._holds)
 
     def _evict(self, missing: int) -> None:
         if missing <= 0:
@@ -132,5 +146,6 @@ class HostPool:
         if packed is None:
             return 0
         del self._holds[digest]
-        self._used -= packed.nbytes
-        return packed.nbytes
+        size = self.size_of(packed)
+        self._used -= size
+        return size

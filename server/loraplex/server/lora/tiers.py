@@ -51,7 +51,7 @@ class AdapterTiers:
             ValueError: if a budget is negative.
         """
         self._device = SlotPool(device_bytes, device or torch.device("cpu"))
-        self._host = HostPool(host_bytes)
+        self._host = HostPool(host_bytes, pinned=self._device.device.type != "cpu")
         self._loads = AdapterLoads(loader, on_load)
         self._ready: dict[str, PackedAdapter] = {}  # loaded and asked for, waiting for room; held in the host pool
         self._failures: dict[str, LoraplexError] = {}
@@ -199,7 +199,7 @@ class AdapterTiers:
         resident = self._device.resident
         assert not any(digest in self._loads for digest in resident), "resident and loading at once"
         assert not self._ready.keys() & resident, "resident and waiting for room at once"
-        assert self._host.held_bytes <= sum(packed.nbytes for packed in self._ready.values()), "held for nobody"
+        assert self._host.held_bytes <= sum(map(self._host.size_of, self._ready.values())), "held for nobody"
 
     def _find(self, digest: str) -> PackedAdapter | None:
         return self._ready.get(digest) or self._host.get(digest)
