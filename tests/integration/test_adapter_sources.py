@@ -10,9 +10,17 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+from loraplex.adapters import fetch
+from loraplex.adapters.fetch import MAX_FETCHES
 from loraplex.adapters.sources import SourcePolicy
 from loraplex.client import AliasTarget, Client, SamplingOptions
-from loraplex.client.errors import InvalidRequestError, PreconditionError
+from loraplex.client.errors import (
+    InvalidRequestError,
+    LoraplexClientError,
+    PreconditionError,
+    ResourceExhaustedError,
+)
+from loraplex.client.retry import RetryPolicy
 from tests.integration.serving import Folders, RunningServer, eventually, fitting_adapter, greedy_ids
 
 
@@ -61,16 +69,52 @@ def test_slow_sources_hold_up_nobody_else(folders: Folders, monkeypatch: pytest.
     with (
         RunningServer(folders, sources=SourcePolicy(("memory://adapters",))) as server,
         server.client() as client,
-        ThreadPoolExecutor(6) as threads,
+        ThreadPoolExecutor(MAX_FETCHES) as threads,
     ):
-        slow_ones = [threads.submit(client.register_adapter, f"slow{n}", f"memory://adapters/{n}") for n in range(6)]
-        for _ in range(4):  # as many as the server reads at once
+        slow_ones = [
+            threads.submit(client.register_adapter, f"slow{n}", f"memory://adapters/{n}") for n in range(MAX_FETCHES)
+        ]
+        for _ in slow_ones:
             assert opened.acquire(timeout=30)
+        with pytest.raises(ResourceExhaustedError, match="being fetched from URLs already") as refused:
+            client.register_adapter("more", "memory://adapters/5")
+        assert refused.value.retry_after_s is not None
+        client.register_adapter("local", folders.adapters / "one")
+        client.unregister_adapter("local")
         digest = client.upload_adapter("sent", folders.adapters / "one").adapter.digest
         assert client.generate("x", "sent", max_tokens=1).adapter_digest == digest
         assert [adapter.name for adapter in client.list_adapters()] == ["sent"]
         go_on.set()
         assert {registered.result(60).adapter.digest for registered in slow_ones} == {digest}
+
+
+@pytest.mark.usefixtures("url")
+def test_a_source_that_hangs_is_let_go_with_its_caller_and_with_the_server(
+    folders: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, go_on = Semaphore(0), Event()
+
+    def hang(*arguments: object, **options: object) -> object:
+        opened.release()
+        go_on.wait(60)
+        raise FileNotFoundError
+
+    monkeypatch.setattr(MemoryFileSystem, "open", hang)
+    monkeypatch.setattr(fetch, "RETRY_AFTER_S", 0.05)
+    with ThreadPoolExecutor(MAX_FETCHES) as threads:
+        with RunningServer(folders, sources=SourcePolicy(("memory://adapters",))) as server:
+            with server.client() as gone:
+                for n in range(MAX_FETCHES):
+                    threads.submit(gone.register_adapter, f"gone{n}", f"memory://adapters/{n}")
+                for _ in range(MAX_FETCHES):
+                    assert opened.acquire(timeout=30)
+            with server.client(RetryPolicy(max_attempts=100, max_backoff_s=0.1)) as client:
+                waiting = threads.submit(client.register_adapter, "more", "memory://adapters/5")
+                assert opened.acquire(timeout=30), "the places are free again"
+                server.stop()
+                assert isinstance(waiting.exception(30), LoraplexClientError)
+        assert not go_on.is_set(), "nobody waited for the sources"
+        go_on.set()
 
 
 def test_the_server_comes_back_with_what_it_had(folders: Folders) -> None:

@@ -18,8 +18,10 @@ from loraplex.adapters.errors import (
     InvalidRequestError,
     NotFoundError,
     PreconditionError,
+    ResourceExhaustedError,
     SourceError,
 )
+from loraplex.adapters.fetch import MAX_DRIVERS, Fetcher
 from loraplex.adapters.formats import read_adapter
 from loraplex.adapters.registry import AdapterRegistry
 from loraplex.adapters.sources import AdapterSources, SourcePolicy, parse_url
@@ -236,6 +238,33 @@ def test_a_source_that_hangs_is_given_up(hub: type[Hub], tmp_path: Path) -> None
             thread.join(10)
     assert list(registry.incoming.iterdir()) == [], "what was left behind writes nothing any more"
     registry.close()
+
+
+def test_hanging_drivers_are_counted_and_a_caller_may_give_up(hub: type[Hub], tmp_path: Path) -> None:
+    given_up = threading.Event()
+
+    class Hang(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            given_up.set()
+            return super().wait(timeout)
+
+    released = hub.hangs = Hang()
+    fetcher = Fetcher(1 << 20, timeout_s=60)
+    for _ in range(MAX_DRIVERS):
+        given_up.clear()
+        with pytest.raises(SourceError, match="the caller has gone"):
+            fetcher.fetch("hf://org/repo", tmp_path, given_up)
+    with pytest.raises(ResourceExhaustedError, match=f"{MAX_DRIVERS} sources hang") as refused:
+        fetcher.fetch("hf://org/repo", tmp_path, threading.Event())
+    assert refused.value.retry_after_s is not None
+    released.set()
+    for thread in threading.enumerate():
+        if thread.name == "fetch":
+            thread.join(10)
+    hub.hangs = None
+    (tmp_path / "target").mkdir()
+    fetcher.fetch("hf://org/repo", tmp_path / "target", threading.Event())
+    assert (tmp_path / "target" / "adapter_config.json").is_file()
 
 
 def test_what_a_driver_says_is_passed_on(hub: type[Hub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

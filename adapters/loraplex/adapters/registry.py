@@ -8,6 +8,7 @@ batches or transports.
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -107,11 +108,12 @@ class AdapterRegistry:
         expected_digest: str = "",
         *,
         restore: bool = True,
+        cancelled: threading.Event | None = None,
     ) -> Registration:
         """Take in the adapter at `source`, a folder or a URL, under `name`, which may have an earlier version.
 
         The current content again changes nothing but the metadata; so does an earlier one, unless it is to `restore` it
-        as the latest. A registration that fails changes nothing.
+        as the latest. A registration that fails changes nothing. Setting `cancelled` ends the fetching from a URL.
 
         Raises:
             InvalidRequestError: the name, the metadata or the source are not allowed.
@@ -119,10 +121,10 @@ class AdapterRegistry:
             PreconditionError: the adapter cannot be served (`report_id` leads to all findings), or is not the one
                 with `expected_digest`.
             AlreadyExistsError: `name` is an alias.
-            ResourceExhaustedError: the disk is full.
+            ResourceExhaustedError: the disk is full, or too many URLs are being read.
         """
         check_name(name)
-        with self._sources.folder(str(source)) as folder:
+        with self._sources.folder(str(source), cancelled) as folder:
             return self._register(name, folder, str(source), change, expected_digest, restore=restore)
 
     def register_upload(

@@ -1,7 +1,7 @@
 """Where adapters may be registered from: folders below allowed roots, and URLs below allowed prefixes.
 
 A URL is read through fsspec: `hf://org/repo@revision`, `s3://`, `gs://`, `memory://`; `file://` is a folder like any
-other. Only the files that make an adapter are fetched, by name. Knows nothing about what is in them.
+other. Knows nothing about what is in them.
 """
 
 from __future__ import annotations
@@ -9,22 +9,16 @@ from __future__ import annotations
 import re
 import tempfile
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from loraplex.adapters.disk import disk_full_is_typed, removed_at_exit
-from loraplex.adapters.errors import InvalidRequestError, LoraplexError, NotFoundError, SourceError
-from loraplex.adapters.folder import CONFIG_FILE, TEMPLATE_FILE, TOKENIZER_CONFIG, WEIGHTS_FILE, require_inside
+from loraplex.adapters.disk import removed_at_exit
+from loraplex.adapters.errors import InvalidRequestError
+from loraplex.adapters.fetch import DRIVERS, Fetcher
+from loraplex.adapters.folder import require_inside
 
-DRIVERS = {"hf": "huggingface_hub", "s3": "s3fs", "gs": "gcsfs", "memory": "fsspec"}
-"""What fsspec needs to read a scheme."""
-CHUNK_BYTES = 1 << 20
-_FILES = {CONFIG_FILE: True, WEIGHTS_FILE: True, TEMPLATE_FILE: False, TOKENIZER_CONFIG: False}
-"""What is fetched, and whether an adapter must have it."""
 # No query, fragment, escape, glob or chain: what is compared with the prefixes is what the driver reads.
 _URL = re.compile(r"([a-z0-9]+)://([^\x00-\x20\x7f?#%\\*\[\]{}:]+)")
 
@@ -88,16 +82,19 @@ class AdapterSources:
         self.policy = policy
         self._roots = (*(root.resolve() for root in roots), *policy.roots)
         self._scratch = scratch
+        self._fetcher = Fetcher(policy.max_bytes, policy.timeout_s)
 
     @contextmanager
-    def folder(self, source: str) -> Iterator[Path]:
+    def folder(self, source: str, cancelled: threading.Event | None = None) -> Iterator[Path]:
         """Yield the folder of the adapter at `source`, a path or a URL; what was fetched is removed afterwards.
+
+        Once `cancelled` is set, nothing is fetched any more.
 
         Raises:
             InvalidRequestError: it is not allowed, or no folder.
             NotFoundError: a file that every adapter has is not there.
-            SourceError: it cannot be read, is too large or takes too long.
-            ResourceExhaustedError: the disk is full.
+            SourceError: it cannot be read, is too large or takes too long, or was `cancelled`.
+            ResourceExhaustedError: the disk is full, or too many sources are being read.
         """
         if "://" not in source:
             yield require_inside(Path(source), self._roots)
@@ -113,8 +110,13 @@ class AdapterSources:
             allowed = ", ".join(self.policy.url_prefixes) or "none are configured"
             raise InvalidRequestError.of("path", f"{source} is not below the allowed adapter sources ({allowed})")
         with removed_at_exit(Path(tempfile.mkdtemp(dir=self._scratch))) as target:
-            fetch(source, target, self.policy)
+            self._fetcher.fetch(source, target, cancelled or threading.Event())
             yield target
+
+
+def is_remote(source: str) -> bool:
+    """Whether `source` is to be fetched, rather than a folder here."""
+    return "://" in source and not source.startswith("file://")
 
 
 def parse_url(url: str) -> tuple[str, str] | None:
@@ -125,75 +127,3 @@ def parse_url(url: str) -> tuple[str, str] | None:
     if found[1] == "file" and not found[2].startswith("/"):
         return None
     return found[1], found[2]
-
-
-def fetch(url: str, target: Path, policy: SourcePolicy) -> None:
-    """Read the adapter's files at `url` into the folder `target`.
-
-    Raises:
-        NotFoundError: a file that every adapter has is not there.
-        SourceError: the driver is missing or fails, the files are too large, or it takes too long.
-        ResourceExhaustedError: the disk is full.
-    """
-    failure: list[Exception] = []
-    deadline = time.monotonic() + policy.timeout_s
-    late = SourceError(f"{url} could not be read within {policy.timeout_s:g} s")
-
-    def check_time() -> None:
-        if time.monotonic() > deadline:
-            raise late
-
-    def run() -> None:
-        try:
-            _read_all(_file_system(url), url, target, policy.max_bytes, check_time)
-        except Exception as error:
-            failure.append(error)
-
-    # On a thread that may be left behind: nothing ends a driver that hangs, but it has lost its folder and its caller.
-    thread = threading.Thread(target=run, name="fetch", daemon=True)
-    thread.start()
-    thread.join(policy.timeout_s)
-    if thread.is_alive():
-        raise late
-    if not failure:
-        return
-    if isinstance(failure[0], LoraplexError):
-        raise failure[0]
-    raise SourceError(f"{url} cannot be read: {type(failure[0]).__name__}: {failure[0]!s:.300}") from failure[0]
-
-
-def _file_system(url: str) -> Any:
-    """Return fsspec's driver for `url`.
-
-    Raises:
-        SourceError: it is not installed.
-    """
-    import fsspec
-
-    scheme = url.partition("://")[0]
-    try:
-        driver = fsspec.filesystem(scheme)
-    except ImportError as error:
-        package = DRIVERS[scheme]
-        raise SourceError(f"{scheme}:// needs the Python package {package} where the server runs: {error}") from error
-    driver.invalidate_cache()  # what is there may have changed since it was looked at
-    return driver
-
-
-def _read_all(driver: Any, url: str, target: Path, max_bytes: int, check_time: Callable[[], None]) -> None:
-    left = max_bytes
-    for name, required in _FILES.items():
-        check_time()
-        try:
-            source = driver.open(f"{url.rstrip('/')}/{name}", "rb")
-        except FileNotFoundError as error:
-            if required:
-                raise NotFoundError(f"{url} has no {name}; an adapter folder has one") from error
-            continue
-        with source, disk_full_is_typed("fetching an adapter"), (target / name).open("xb") as copy:
-            while data := source.read(CHUNK_BYTES):
-                check_time()
-                left -= len(data)
-                if left < 0:
-                    raise SourceError(f"{url} holds more than the {max_bytes} bytes that this server takes")
-                copy.write(data)

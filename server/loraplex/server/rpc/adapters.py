@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import AsyncIterator, Callable, Coroutine
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import Executor
-from contextlib import aclosing
+from contextlib import aclosing, contextmanager
 from typing import Any, TypeVar
 
 import grpc.aio
@@ -14,6 +15,7 @@ import grpc.aio
 from loraplex.adapters.alias import AliasTarget
 from loraplex.adapters.records import AdapterFilter, AdapterRecord, Unregistration
 from loraplex.adapters.registry import AdapterRegistry
+from loraplex.adapters.sources import is_remote
 from loraplex.server.engine.client import EngineClient
 from loraplex.server.engine.stats import FreedMemory
 from loraplex.server.errors import InvalidRequestError
@@ -48,13 +50,15 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
         executor: Executor,
         fetching: Executor,
     ) -> None:
-        """`fetching` reads sources: while a slow one is read, everything else is answered."""
+        """`fetching` reads URLs: while slow ones are read, everything else is answered."""
         self._registry = registry
         self._engine = engine
         self._residency = Residency(registry, engine, metrics)
         self._vocab_size = vocab_size
         self._executor = executor
         self._fetching = fetching
+        self._fetches: set[threading.Event] = set()
+        """Set for those that are to end."""
         self._changing: set[asyncio.Task[Any]] = set()
 
     async def RegisterAdapter(self, request: pb.RegisterAdapterRequest, context: Context) -> pb.RegisterAdapterResponse:
@@ -62,8 +66,17 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
         if not request.path:
             raise InvalidRequestError.of("path", "is empty: give the adapter's folder on the server or a URL")
         change = given_metadata(request, self._vocab_size)
-        call = functools.partial(self._registry.register, request.name, request.path, change, request.expected_digest)
-        registration = await self._change(call, self._fetching)
+        executor = self._fetching if is_remote(request.path) else self._executor
+        with self._fetch() as cancelled:
+            call = functools.partial(
+                self._registry.register,
+                request.name,
+                request.path,
+                change,
+                request.expected_digest,
+                cancelled=cancelled,
+            )
+            registration = await self._change(call, executor)
         return pb.RegisterAdapterResponse(
             adapter=self._message(registration.record), previous_digest=registration.previous_digest or ""
         )
@@ -164,8 +177,21 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
         return report_message(request.report_id, report)
 
     def close(self) -> None:
-        """Wait for nothing any more."""
+        """Wait for nothing any more, and fetch nothing."""
         self._residency.close()
+        for fetch in self._fetches:
+            fetch.set()
+
+    @contextmanager
+    def _fetch(self) -> Iterator[threading.Event]:
+        """Yield what ends a fetch; it is set when the call ends, a caller that goes away included."""
+        cancelled = threading.Event()
+        self._fetches.add(cancelled)
+        try:
+            yield cancelled
+        finally:
+            self._fetches.discard(cancelled)
+            cancelled.set()
 
     async def _dismiss(self, name: str) -> tuple[Unregistration, asyncio.Task[FreedMemory]]:
         gone = await self._call(self._registry.unregister, name)

@@ -20,6 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
+from loraplex.adapters.fetch import MAX_FETCHES
 from loraplex.adapters.registry import AdapterRegistry
 from loraplex.server.config import ServerConfig
 from loraplex.server.engine.build import build_engine, engine_limits
@@ -228,7 +229,7 @@ async def _assemble(
     metrics.set_max_rows(config.engine.max_num_seqs)
     metrics.set_model(_model_labels(config, model))
     # Three pools, so that a request never waits behind administration, nor that behind a slow source; matrix products
-    # have their own threads.
+    # have their own threads. More for sources than are read at once: the others check what was read, or refuse.
     admission = _executor("admission", cleanup)
     administration = _executor("administration", cleanup)
     model_limits = ModelLimits(model.vocab_size, limits.max_model_len)
@@ -236,7 +237,7 @@ async def _assemble(
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(
         GenerationServicer(engine, registry, tokenizer, model_limits, admission), grpc_server
     )
-    fetching = _executor("fetching", cleanup)
+    fetching = _executor("fetching", cleanup, 2 * MAX_FETCHES)
     adapters = AdapterServicer(registry, engine, metrics, model.vocab_size, administration, fetching)
     cleanup.callback(adapters.close)
     adapter_pb2_grpc.add_AdapterServiceServicer_to_server(adapters, grpc_server)
@@ -265,8 +266,8 @@ def _open_registry(config: ServerConfig, model: LoadedModel, cleanup: AsyncExitS
     return registry
 
 
-def _executor(name: str, cleanup: AsyncExitStack) -> ThreadPoolExecutor:
-    executor = ThreadPoolExecutor(max_workers=4, thread_name_prefix=name)
+def _executor(name: str, cleanup: AsyncExitStack, max_workers: int = 4) -> ThreadPoolExecutor:
+    executor = ThreadPoolExecutor(max_workers, thread_name_prefix=name)
     cleanup.push_async_callback(asyncio.to_thread, executor.shutdown)
     return executor
 
