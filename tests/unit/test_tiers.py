@@ -183,6 +183,15 @@ def test_a_prefetch_stays_off_the_device_and_within_its_share_of_the_host() -> N
     tiers.close()
 
 
+def test_one_large_adapter_does_not_end_prefetching() -> None:
+    tiers = AdapterTiers(lambda digest: packed(digest, 12 if digest == "large" else 2), 16, host_bytes=16)
+    load(tiers, "large", "small")
+    for name in ("p0", "p1"):
+        tiers.prefetch(name)
+    until(tiers, lambda: [tiers.prefetch(name) for name in ("p0", "p1")] == [Residency.NO_ROOM] * 2)
+    tiers.close()
+
+
 def test_a_prefetch_that_fails_is_told_to_its_requests() -> None:
     def loader(digest: str) -> PackedAdapter:
         raise NotFoundError("no blob")

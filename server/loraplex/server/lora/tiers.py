@@ -59,7 +59,8 @@ class AdapterTiers:
         self._prefetches: set[str] = set()  # loads under way for what could not be used at once
         self._pinning: set[str] = set()  # pinned and still to be brought onto the device
         self._load_stats: list[LoadStats] = []
-        self._largest = 0  # bytes of the largest adapter so far
+        self._sizes: dict[str, int] = {}  # in the host's memory, of every adapter that was loaded once
+        self._latest_size = 0
         self.revision = 0
         """Changes whenever an adapter comes or goes, in either tier."""
 
@@ -159,6 +160,7 @@ class AdapterTiers:
         self._failures.pop(digest, None)
         self._loads.discard(digest)
         self._prefetches.discard(digest)
+        self._sizes.pop(digest, None)
         self._drop_ready(digest)
         self.revision += 1
         return FreedMemory(self._device.forget(digest), self._host.forget(digest))
@@ -205,8 +207,11 @@ class AdapterTiers:
         return self._ready.get(digest) or self._host.get(digest)
 
     def _may_prefetch(self) -> bool:
+        """Whether all that is wanted now fits; what was never loaded counts as much as the largest of the others."""
         room = PREFETCH_SHARE * self._host.capacity_bytes - self._host.held_bytes
-        return len(self._wanted) * self._largest <= room
+        known = [self._sizes[digest] for digest in self._wanted if digest in self._sizes]
+        guess = max(known, default=self._latest_size)
+        return sum(known) + guess * (len(self._wanted) - len(known)) <= room
 
     def _bring_pinned(self) -> None:
         """Install what is pinned and not resident as far as there is room, and load it if it is nowhere."""
@@ -228,7 +233,7 @@ class AdapterTiers:
                 logger.warning("the pinned adapter %s cannot be loaded: %s", digest, packed)
             return
         self._load_stats.append(LoadStats("host", loaded.seconds))
-        self._largest = max(self._largest, packed.nbytes)
+        self._sizes[digest] = self._latest_size = self._host.size_of(packed)
         self._host.put(packed)
         self.revision += 1
         if usable:
