@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 
 from loraplex.server.engine.commands import (
@@ -158,7 +160,10 @@ def test_choices_of_one_request_that_cannot_return_end_it_together() -> None:
 
 
 def test_a_device_without_memory_fails_only_the_requests_for_what_it_has_no_room_for() -> None:
+    loaded: list[str] = []
+
     def load(digest: str) -> PackedAdapter:
+        loaded.append(digest)
         full = [torch.OutOfMemoryError("none left")] * 1000
         return Unmovable.make(digest, *full) if digest == "x" else packed(digest)
 
@@ -171,4 +176,9 @@ def test_a_device_without_memory_fails_only_the_requests_for_what_it_has_no_room
     assert isinstance(outbox.last("a").error, ResourceExhaustedError)
     assert outbox.tokens("b") == expected_tokens([1, 2], 8, "y")
     assert outbox.tokens("c") == expected_tokens([1, 2], 8)
+    tries = loaded.count("x")
+    for _ in range(20):
+        engine.step()
+        time.sleep(0.001)
+    assert loaded.count("x") == tries, "the pin is not tried for ever"
     check_integrity(engine)

@@ -297,6 +297,28 @@ def test_a_pin_is_brought_as_soon_as_there_is_room() -> None:
     tiers.close()
 
 
+def test_a_pin_beside_others_that_leave_no_room_waits_for_one_of_them_to_go() -> None:
+    loaded: Counter[str] = Counter()
+
+    def loader(digest: str) -> PackedAdapter:
+        loaded[digest] += 1
+        return packed(digest, 4)
+
+    tiers = AdapterTiers(loader, 8)
+    for digest in ("a", "b"):
+        tiers.pin(digest)
+        until(tiers, lambda: digest in tiers.resident)  # noqa: B023 - it is called at once
+    tiers.pin("late")
+    until(tiers, lambda: loaded["late"] == 1 and "late" not in tiers._loads)
+    for _ in range(20):
+        tiers.poll()
+    assert tiers.resident == {"a", "b"}
+    assert loaded["late"] == 1, "not again and again in vain"
+    tiers.unpin("a")
+    until(tiers, lambda: tiers.resident == {"b", "late"})
+    tiers.close()
+
+
 def test_a_pin_that_cannot_be_loaded_is_not_tried_for_ever() -> None:
     attempts = []
 

@@ -63,15 +63,15 @@ class HostPool:
                 len(self._entries), self._used, self._peak, self.capacity_bytes, self._loads, self._evictions
             )
 
-    def size_of(self, packed: PackedAdapter) -> int:
-        """Return the bytes that an adapter takes, or would take, here."""
-        return pinned_nbytes(packed.nbytes) if self._pinned else packed.nbytes
+    def size_of(self, nbytes: int) -> int:
+        """Return the bytes that an adapter of `nbytes` takes, or would take, here."""
+        return pinned_nbytes(nbytes) if self._pinned else nbytes
 
     def nbytes(self, digest: str) -> int:
         """Return the bytes that an adapter takes here; 0 if it is not here."""
         with self._lock:
             packed = self._entries.get(digest)
-            return 0 if packed is None else self.size_of(packed)
+            return 0 if packed is None else self.size_of(packed.nbytes)
 
     def get(self, digest: str) -> PackedAdapter | None:
         """Return an adapter's weights if they are here, and count that as a use."""
@@ -89,7 +89,7 @@ class HostPool:
         with self._lock:
             self._loads += 1
             self._remove(packed.digest)
-            size = self.size_of(packed)
+            size = self.size_of(packed.nbytes)
             if size + self._held_bytes() > self.capacity_bytes:
                 return False
             self._evict(self._used + size - self.capacity_bytes)
@@ -124,13 +124,13 @@ class HostPool:
             AssertionError: naming what disagrees.
         """
         with self._lock:
-            assert self._used == sum(map(self.size_of, self._entries.values())), "the sum is off"
+            assert self._used == sum(self.size_of(packed.nbytes) for packed in self._entries.values()), "the sum is off"
             assert self._used <= self._peak <= self.capacity_bytes, f"{self._used}, at most {self._peak} bytes"
             assert self._holds.keys() <= self._entries.keys(), "something is held that is not here"
             assert all(count > 0 for count in self._holds.values()), "a hold without a holder"
 
     def _held_bytes(self) -> int:
-        return sum(self.size_of(self._entries[digest]) for digest in self._holds)
+        return sum(self.size_of(self._entries[digest].nbytes) for digest in self._holds)
 
     def _evict(self, missing: int) -> None:
         if missing <= 0:
@@ -146,6 +146,6 @@ class HostPool:
         if packed is None:
             return 0
         del self._holds[digest]
-        size = self.size_of(packed)
+        size = self.size_of(packed.nbytes)
         self._used -= size
         return size

@@ -59,7 +59,7 @@ class AdapterTiers:
         self._prefetches: set[str] = set()  # loads under way for what could not be used at once
         self._pinning: set[str] = set()  # pinned and still to be brought onto the device
         self._load_stats: list[LoadStats] = []
-        self._sizes: dict[str, int] = {}  # in the host's memory, of every adapter that was loaded once
+        self._sizes: dict[str, int] = {}  # in bytes, of every adapter that was loaded once
         self._latest_size = 0
         self.revision = 0
         """Changes whenever an adapter comes or goes, in either tier."""
@@ -201,7 +201,8 @@ class AdapterTiers:
         resident = self._device.resident
         assert not any(digest in self._loads for digest in resident), "resident and loading at once"
         assert not self._ready.keys() & resident, "resident and waiting for room at once"
-        assert self._host.held_bytes <= sum(map(self._host.size_of, self._ready.values())), "held for nobody"
+        waiting = sum(self._host.size_of(packed.nbytes) for packed in self._ready.values())
+        assert self._host.held_bytes <= waiting, "held for nobody"
 
     def _find(self, digest: str) -> PackedAdapter | None:
         return self._ready.get(digest) or self._host.get(digest)
@@ -209,18 +210,28 @@ class AdapterTiers:
     def _may_prefetch(self) -> bool:
         """Whether all that is wanted now fits; what was never loaded counts as much as the largest of the others."""
         room = PREFETCH_SHARE * self._host.capacity_bytes - self._host.held_bytes
-        known = [self._sizes[digest] for digest in self._wanted if digest in self._sizes]
-        guess = max(known, default=self._latest_size)
+        sizes = (self._sizes.get(digest) for digest in self._wanted)
+        known = [self._host.size_of(size) for size in sizes if size is not None]
+        guess = max(known, default=self._host.size_of(self._latest_size))
         return sum(known) + guess * (len(self._wanted) - len(known)) <= room
 
     def _bring_pinned(self) -> None:
-        """Install what is pinned and not resident as far as there is room, and load it if it is nowhere."""
+        """Install what is pinned and not resident as far as there is room, and load it if it is nowhere.
+
+        What has no room beside the other pins waits until one of them goes, and is not loaded again meanwhile.
+        """
         for digest in tuple(self._pinning):
-            packed = self._find(digest)
-            if digest in self._device or (packed and self._install(packed) is not Residency.NO_ROOM):
+            if digest in self._device:
                 self._pinning.discard(digest)
-            elif packed is None:
+            elif not self._fits_beside_pins(self._sizes.get(digest, 0)):
+                continue
+            elif (packed := self._find(digest)) is None:
                 self._loads.start(digest)
+            elif self._install(packed) is not Residency.NO_ROOM:
+                self._pinning.discard(digest)
+
+    def _fits_beside_pins(self, nbytes: int) -> bool:
+        return nbytes + self._device.pinned_bytes <= self._device.capacity_bytes
 
     def _take(self, loaded: Loaded, wanted: Set[str]) -> None:
         digest, packed = loaded.digest, loaded.result
@@ -233,25 +244,26 @@ class AdapterTiers:
                 logger.warning("the pinned adapter %s cannot be loaded: %s", digest, packed)
             return
         self._load_stats.append(LoadStats("host", loaded.seconds))
-        self._sizes[digest] = self._latest_size = self._host.size_of(packed)
+        self._sizes[digest] = self._latest_size = packed.nbytes
         self._host.put(packed)
         self.revision += 1
         if usable:
             self._host.hold(digest)
             self._ready[digest] = packed
-            self._install(packed)
+            if self._install(packed) is Residency.FAILED and digest in self._pinning:
+                logger.warning("the pinned adapter %s is not on the device: %s", digest, self._failures[digest])
+                if self._fits_beside_pins(packed.nbytes):  # the device refused it
+                    self._pinning.discard(digest)
 
     def _install(self, packed: PackedAdapter) -> Residency:
         digest = packed.digest
-        pinned = self._device.pinned_bytes
-        if packed.nbytes + pinned > self._device.capacity_bytes:
+        if not self._fits_beside_pins(packed.nbytes):
+            pinned = self._device.pinned_bytes
             self._drop_ready(digest)
             self._failures[digest] = ResourceExhaustedError(
                 f"adapter {digest} needs {packed.nbytes} bytes of the adapter device memory, of which pinned ones "
                 f"hold {pinned} of {self._device.capacity_bytes} bytes. Unpin one, or raise --adapter-device-memory"
             )
-            if digest in self._pinning:
-                logger.warning("%s", self._failures[digest])
             return Residency.FAILED
         start = time.monotonic()
         try:
