@@ -208,6 +208,18 @@ def test_rows_go_into_a_weight_of_the_base_that_was_saved_along(tmp_path: Path) 
     assert bound.parameters[EMBEDDING][:, 0].tolist() == [2.0 if token == 5 else 1.0 for token in range(VOCAB)]
 
 
+@pytest.mark.parametrize("twice", [False, True])
+def test_rows_in_a_tied_matrix_that_was_saved_along_leave_one_matrix(tmp_path: Path, twice: bool) -> None:
+    rows = {key: torch.full((1, HIDDEN), 2.0) for key in ([ROWS, HEAD_ROWS] if twice else [ROWS])}
+    saved = {f"{PREFIX}model.embed_tokens.token_adapter.base_layer.weight": torch.ones(VOCAB, HIDDEN)}
+    listed: Any = {"embed_tokens": [5], "lm_head": [5]} if twice else [5]
+    folder = write_adapter(tmp_path, weights=tensors(tiny_base()) | rows | saved, trainable_token_indices=listed)
+    bound = bind(read_adapter(folder), base(tied=True))
+    assert not bound.token_rows
+    assert bound.parameters[EMBEDDING][5].eq(2).all()
+    assert bound.parameters[HEAD] is bound.parameters[EMBEDDING], "packing tells by the memory that it is one"
+
+
 def test_two_ways_of_training_one_matrix(tmp_path: Path) -> None:
     whole = {f"{PREFIX}model.embed_tokens.weight": torch.ones(VOCAB, HIDDEN)}
     rows = {ROWS: torch.ones(1, HIDDEN)}

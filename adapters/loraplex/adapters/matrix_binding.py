@@ -114,11 +114,18 @@ class MatrixBinding:
         self._check_listed()
         if self._base.tied:
             self._tie_rows(listed)
+        self._put_rows_in()
+
+    def _put_rows_in(self) -> None:
+        """Put token rows into weights of the base that were saved along, as PEFT does; one matrix stays one."""
+        made: dict[tuple[int, int], torch.Tensor] = {}
         for name in self.parameters.keys() & self.token_rows.keys():
-            # A weight of the base that was saved along; PEFT puts the rows into it.
-            rows = self.token_rows.pop(name)
-            whole = self.parameters[name].to(torch.promote_types(self.parameters[name].dtype, rows.rows.dtype))
-            self.parameters[name] = whole.index_copy(0, rows.tokens, rows.rows.to(whole.dtype))
+            rows, before = self.token_rows.pop(name), self.parameters[name]
+            key = (id(before), id(rows))
+            if key not in made:
+                whole = before.to(torch.promote_types(before.dtype, rows.rows.dtype))
+                made[key] = whole.index_copy(0, rows.tokens, rows.rows.to(whole.dtype))
+            self.parameters[name] = made[key]
 
     def _tokens_of(self, path: str) -> tuple[int, ...] | None:
         """Return the tokens that the config lists for the module at `path`, or None if it lists none or several."""
@@ -172,6 +179,7 @@ class MatrixBinding:
                 self._refuse(
                     HEAD_WEIGHT, "has other rows than the embedding for the same tokens; in the base both are one"
                 )
+            self.token_rows[HEAD_WEIGHT] = rows
         elif self._adapter.spec.ensure_weight_tying:
             self._refuse(HEAD_WEIGHT, "has rows for other tokens than the embedding, though ensure_weight_tying is set")
 
