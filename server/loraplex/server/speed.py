@@ -1,4 +1,4 @@
-"""How fast our engine answers with base and adapter apart, and with the merged model: both alike, one after the other.
+"""How fast our engine answers with base and adapter apart, and with the merged model: both alike, in turn.
 
 `python -m loraplex.server.speed SETTINGS` is a program as `loraplex.adapters.speed_command` describes it. The settings
 say how a server holds the base; the merged model is held in the same way. All prompts are answered at once, greedily.
@@ -12,7 +12,8 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -65,29 +66,40 @@ class _Run:
     token_times: Sequence[Sequence[float]]
 
 
+@dataclass(frozen=True)
+class _Side:
+    """A model that answers: its engine, the prompts' tokens, the adapter if there is one, and tokens to answer."""
+
+    engine: EngineClient
+    prompts: Sequence[tuple[int, ...]]
+    adapter: BoundAdapter | None
+    scale: float
+    tokens: int
+
+
 async def measure(
     job: SpeedJob, settings: SpeedSettings, progress: Callable[[int, int], None]
 ) -> tuple[SpeedFigures, SpeedFigures]:
     """Return the figures of the unmerged and of the merged side: medians of three runs, after one that warms up.
 
+    The sides take turns, so that whatever else the machine does meets both; both models are in memory meanwhile.
+
     Raises:
         LoraplexError: if one of the models or the adapter cannot be served.
     """
-    total, done = 2 * (RUNS + 1), 0
+    async with AsyncExitStack() as stack:
+        unmerged = await stack.enter_async_context(_serving(job.model, job.adapter, job, settings))
+        merged = await stack.enter_async_context(_serving(job.merged, None, job, settings))
+        runs: tuple[list[_Run], list[_Run]] = ([], [])
+        for number in range(RUNS + 1):
+            for side, own in zip((unmerged, merged), runs, strict=True):
+                own.append(await _run(side, number))
+                progress(len(runs[0]) + len(runs[1]), 2 * (RUNS + 1))
+    return _figures("unmerged", runs[0][1:]), _figures("merged", runs[1][1:])
 
-    def count() -> None:
-        nonlocal done
-        done += 1
-        progress(done, total)
 
-    unmerged = await _measure_side(job.model, job.adapter, job, settings, count)
-    merged = await _measure_side(job.merged, None, job, settings, count)
-    return _figures("unmerged", unmerged), _figures("merged", merged)
-
-
-async def _measure_side(
-    folder: Path, adapter: Path | None, job: SpeedJob, settings: SpeedSettings, count: Callable[[], None]
-) -> list[_Run]:
+@asynccontextmanager
+async def _serving(folder: Path, adapter: Path | None, job: SpeedJob, settings: SpeedSettings) -> AsyncIterator[_Side]:
     model = load_model(
         str(folder),
         quantization=_quantization(folder, settings.quantization),
@@ -109,41 +121,30 @@ async def _measure_side(
     engine = EngineClient(lambda publish: build_engine(model, tokenizer, config, load, NullObserver(), publish))
     engine.start()
     try:
-        runs = []
-        for number in range(RUNS + 1):
-            runs.append(await _run(engine, prompts, bound, job.scale, number, min(TOKENS, context // 2)))
-            count()
-        return runs[1:]
+        yield _Side(engine, prompts, bound, job.scale, min(TOKENS, context // 2))
     finally:
         await engine.close()
 
 
-async def _run(
-    engine: EngineClient,
-    prompts: Sequence[tuple[int, ...]],
-    adapter: BoundAdapter | None,
-    scale: float,
-    number: int,
-    tokens: int,
-) -> _Run:
+async def _run(side: _Side, number: int) -> _Run:
     started = time.perf_counter()
 
     async def answer(index: int, prompt: tuple[int, ...]) -> list[float]:
         request = GenerationRequest(
             f"{number}-{index}",
             prompt,
-            SamplingParams(max_tokens=tokens, ignore_eos=True, seed=0),
-            adapter_digest=None if adapter is None else adapter.digest,
-            adapter_scale=scale if adapter is not None else 1.0,
+            SamplingParams(max_tokens=side.tokens, ignore_eos=True, seed=0),
+            adapter_digest=None if side.adapter is None else side.adapter.digest,
+            adapter_scale=side.scale if side.adapter is not None else 1.0,
             # No run finds the prompts of the one before.
             cache_salt=str(number),
         )
         times: list[float] = []
-        async for output in engine.generate(request):
+        async for output in side.engine.generate(request):
             times += [time.perf_counter() - started] * sum(len(choice.token_ids) for choice in output.choices)
         return times
 
-    times = await asyncio.gather(*(answer(index, prompt) for index, prompt in enumerate(prompts)))
+    times = await asyncio.gather(*(answer(index, prompt) for index, prompt in enumerate(side.prompts)))
     return _Run(time.perf_counter() - started, times)
 
 
