@@ -21,7 +21,7 @@ from loraplex.adapters.errors import PreconditionError
 from loraplex.adapters.merge import AdapterSource, MergeOptions, merge_adapters
 from loraplex.adapters.merge_plan import MergeBase
 
-LOGITS, LOGPROBS = "logits", "log probabilities of the best 20"
+LOGITS, LOGPROBS = "logits", "log probabilities"
 
 
 @dataclass(frozen=True)

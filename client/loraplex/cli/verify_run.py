@@ -163,10 +163,10 @@ def table(found: Verification) -> Table:
     """Show the pairs."""
     limits = Limits(found.max_mean_kl, found.min_top1)
     shown = Table(title=f"{found.adapter} on {found.model} ({found.quantization})")
-    for column in ("pair", "largest difference", "of the"):
-        shown.add_column(column)
-    for column in ("same best token", "mean KL, nats", "positions", ""):
-        shown.add_column(column, justify="right")
+    for column in ("pair", "max difference", "of"):
+        shown.add_column(column, no_wrap=True)
+    for column in ("top-1", "mean KL", "positions", ""):
+        shown.add_column(column, justify="right", no_wrap=True)
     for pair in found.pairs:
         shown.add_row(
             pair.pair,
