@@ -108,7 +108,7 @@ def test_a_source_that_hangs_is_let_go_with_its_caller_and_with_the_server(
                     threads.submit(gone.register_adapter, f"gone{n}", f"memory://adapters/{n}")
                 for _ in range(MAX_FETCHES):
                     assert opened.acquire(timeout=30)
-            with server.client(RetryPolicy(max_attempts=100, max_backoff_s=0.1)) as client:
+            with server.client(RetryPolicy(max_attempts=40, max_backoff_s=0.1)) as client:
                 waiting = threads.submit(client.register_adapter, "more", "memory://adapters/5")
                 assert opened.acquire(timeout=30), "the places are free again"
                 server.stop()
