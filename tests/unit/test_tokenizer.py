@@ -155,6 +155,14 @@ def test_a_template_that_fails_is_the_requests_error(template, message):
     assert [violation.field for violation in caught.value.violations] == ["chat"]
 
 
+def test_an_adapters_template_may_not_run_for_ever():
+    tokenizer = tiny_tokenizers.byte_level()
+    endless = "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}"
+    with pytest.raises(InvalidRequestError, match="it was stopped"):
+        tokenizer.apply_chat_template(CHAT, endless)
+    tokenizer.close()
+
+
 def test_every_unknown_role_is_named():
     messages = [("user", "a"), ("robot", "b"), ("assistant", "c"), ("", "d")]
     with pytest.raises(InvalidRequestError, match="'robot' is none of system, user, assistant") as caught:

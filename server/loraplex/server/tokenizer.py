@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraplex.server.errors import FieldViolation, InvalidRequestError, ModelLoadError
+from loraplex.server.template_renderer import TemplateRenderer
 
 if TYPE_CHECKING:
     import tokenizers
@@ -34,6 +35,7 @@ class Tokenizer:
     def __init__(self, backend: PreTrainedTokenizerFast) -> None:
         """Wrap a tokenizer that transformers has made."""
         self._backend = backend
+        self._renderer = TemplateRenderer()
         self.fast: tokenizers.Tokenizer = backend.backend_tokenizer
         # A tokenizer.json may carry the truncation and padding of the training run.
         self.fast.no_truncation()
@@ -92,11 +94,13 @@ class Tokenizer:
 
         Args:
             messages: (role, content) pairs.
-            chat_template: Jinja source (an adapter's own); None means the model's. Rendered in a sandbox.
+            chat_template: Jinja source (an adapter's own), rendered in a process of its own within limits; None means
+                the model's, which the operator chose.
 
         Raises:
-            InvalidRequestError: for no messages, an unknown role, no template, or a template that fails or refuses
-                these messages.
+            InvalidRequestError: for no messages, an unknown role, no template, or a template that fails, refuses
+                these messages or takes too long.
+            ResourceExhaustedError: other adapters' templates take too long.
         """
         _check_messages(messages)
         template = chat_template if chat_template is not None else self.chat_template
@@ -104,17 +108,27 @@ class Tokenizer:
             raise InvalidRequestError.of(
                 "chat", "the model has no chat template; send text, or select an adapter that brings a template"
             )
-        try:
-            text = self._backend.apply_chat_template(
-                [{"role": role, "content": content} for role, content in messages],
-                chat_template=template,
-                add_generation_prompt=True,
-                tokenize=False,
-            )
-        except Exception as error:  # a template is a program that others wrote: it can raise anything
-            raise InvalidRequestError.of("chat", f"the chat template does not take this chat: {error}") from error
+        turns = [{"role": role, "content": content} for role, content in messages]
+        if chat_template is not None:
+            text = self._renderer.render(chat_template, turns, self._backend.special_tokens_map)
+        else:
+            text = self._apply_own_template(turns)
         # The template writes BOS and the like itself.
-        return self.fast.encode(str(text), add_special_tokens=False).ids
+        return self.fast.encode(text, add_special_tokens=False).ids
+
+    def close(self) -> None:
+        """End the process that renders adapters' templates."""
+        self._renderer.close()
+
+    def _apply_own_template(self, turns: list[dict[str, str]]) -> str:
+        try:
+            return str(
+                self._backend.apply_chat_template(
+                    turns, chat_template=self.chat_template, add_generation_prompt=True, tokenize=False
+                )
+            )
+        except Exception as error:  # a template can raise anything
+            raise InvalidRequestError.of("chat", f"the chat template does not take this chat: {error}") from error
 
 
 def _load_backend(path: Path) -> Any:

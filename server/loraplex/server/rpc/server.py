@@ -218,6 +218,7 @@ async def _assemble(
     """Load the model, put every service on `grpc_server` and start the engine; `cleanup` learns how to undo it."""
     model = await asyncio.to_thread(load_model_and_threads, config)
     tokenizer = await asyncio.to_thread(Tokenizer.load, model.path)
+    cleanup.callback(tokenizer.close)
     limits = engine_limits(model, config.engine)
     registry = await asyncio.to_thread(_open_registry, config, model, cleanup)
     engine = EngineClient(
