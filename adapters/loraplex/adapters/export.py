@@ -14,11 +14,10 @@ import torch
 
 from loraplex.adapters.blend import Blend
 from loraplex.adapters.compare import Comparison
-from loraplex.adapters.folder import TEMPLATE_FILE
+from loraplex.adapters.folder import TEMPLATE_FILE, TOKENIZER_CONFIG
 from loraplex.adapters.merge_plan import MergePlan, Target
 from loraplex.adapters.model_folder import INDEX_FILE, SINGLE_FILE, ModelFolder
 
-TOKENIZER_CONFIG = "tokenizer_config.json"
 # By name, so that nothing else in the base's folder (code, other formats of the weights) travels along.
 COPIED_FILES = (
     "generation_config.json",

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch
 
+from loraplex.adapters.base_model import HEAD_WEIGHT
 from loraplex.adapters.blend import Blend
 from loraplex.adapters.compare import Comparison, batches, compare
 from loraplex.adapters.errors import PreconditionError
-from loraplex.adapters.model_folder import HEAD, ModelFolder
+from loraplex.adapters.model_folder import ModelFolder
 from loraplex.adapters.prompts import tokenize
 from loraplex.adapters.streamed_model import StreamedModel
 from loraplex.adapters.unmerged import unmerged_model
@@ -58,6 +59,6 @@ def check_merged(
 
 def _weights(model: ModelFolder) -> Callable[[str], torch.Tensor]:
     def read(name: str) -> torch.Tensor:
-        return model.read(model.head_source if name == HEAD else name)
+        return model.read(model.head_source if name == HEAD_WEIGHT else name)
 
     return read

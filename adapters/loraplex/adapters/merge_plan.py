@@ -12,9 +12,10 @@ from enum import StrEnum
 import torch
 
 from loraplex.adapters import stored_quantized
+from loraplex.adapters.base_model import HEAD_WEIGHT
 from loraplex.adapters.blend import Blend, Change
 from loraplex.adapters.errors import PreconditionError
-from loraplex.adapters.model_folder import HEAD, SINGLE_FILE, ModelFolder
+from loraplex.adapters.model_folder import SINGLE_FILE, ModelFolder
 from loraplex.adapters.quantized_values import round_trip
 from loraplex.adapters.tensor_file import TensorPlan
 
@@ -74,8 +75,8 @@ class MergePlan:
         sources = {name: name for name in model.tensors}
         if self.unties:
             # An lm_head that is no longer the embedding is written beside it, whichever of the two was stored.
-            sources[HEAD] = model.head_source
-            sources.setdefault(model.embedding, HEAD)
+            sources[HEAD_WEIGHT] = model.head_source
+            sources.setdefault(model.embedding, HEAD_WEIGHT)
         self.outputs = [self._output(name, source, changes.get(name)) for name, source in sources.items()]
         self.shards = _shards(self.outputs, target.max_shard_bytes)
 
@@ -92,7 +93,7 @@ class MergePlan:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the embedding, which a model's config names as its own."""
-        embedding = self._model.embedding if self._model.embedding in self._model.tensors else HEAD
+        embedding = self._model.embedding if self._model.embedding in self._model.tensors else HEAD_WEIGHT
         return next(output.tensors[0].dtype for output in self.outputs if output.name == embedding)
 
     def make(self, outputs: Sequence[Output]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -133,10 +134,10 @@ class MergePlan:
     def _settle_head(self, changes: dict[str, Change]) -> bool:
         """Return whether lm_head and the embedding become two matrices; drop the change of one that stays the other."""
         embedding = self._model.embedding
-        if not self._model.tied or not (HEAD in changes or embedding in changes):
+        if not self._model.tied or not (HEAD_WEIGHT in changes or embedding in changes):
             return False
-        if HEAD in changes and changes[HEAD].same_as(changes.get(embedding)):
-            del changes[embedding if HEAD in self._model.tensors else HEAD]
+        if HEAD_WEIGHT in changes and changes[HEAD_WEIGHT].same_as(changes.get(embedding)):
+            del changes[embedding if HEAD_WEIGHT in self._model.tensors else HEAD_WEIGHT]
             return False
         return True
 

@@ -18,13 +18,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from loraplex.adapters import stored_quantized
+from loraplex.adapters.base_model import HEAD_WEIGHT
 from loraplex.adapters.binding import BaseModel, BaseModule
 from loraplex.adapters.errors import PreconditionError
 from loraplex.adapters.tensor_file import DTYPES
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-HEAD = "lm_head.weight"
+
 _TIED_BY_DEFAULT = ("gemma", "gemma2", "gpt2")
 _DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 _BLOCK_WEIGHT = re.compile(r"(?P<module>.+\.(?:layers|h)\.\d+\..+)\.weight")
@@ -74,12 +75,12 @@ class ModelFolder:
             found.update(_read_header(path / file))
         prefix = "transformer." if config.get("model_type") == "gpt2" else "model."
         if not any(name.startswith(prefix) for name in found):
-            found = {name if name == HEAD else prefix + name: tensor for name, tensor in found.items()}
+            found = {name if name == HEAD_WEIGHT else prefix + name: tensor for name, tensor in found.items()}
         if quantization:
             found = _join_quantized(path, found, conv1d=config.get("model_type") == "gpt2")
         model = cls(path, config, found, files, quantization)
         if model._stores_one_matrix_twice():
-            del found[HEAD]
+            del found[HEAD_WEIGHT]
         return model
 
     @property
@@ -95,18 +96,18 @@ class ModelFolder:
     @property
     def head_source(self) -> str:
         """The name of the stored tensor that lm_head multiplies with: its own, or the embedding's if they are tied."""
-        return HEAD if HEAD in self.tensors else self.embedding
+        return HEAD_WEIGHT if HEAD_WEIGHT in self.tensors else self.embedding
 
     @property
     def tied(self) -> bool:
         """Whether lm_head and the embedding are one matrix."""
-        return HEAD not in self.tensors or self.embedding not in self.tensors
+        return HEAD_WEIGHT not in self.tensors or self.embedding not in self.tensors
 
     def _stores_one_matrix_twice(self) -> bool:
         """Whether lm_head is there beside the embedding that it is; where the two differ, they are not tied."""
         tied = self.config.get("tie_word_embeddings", self.config.get("model_type") in _TIED_BY_DEFAULT)
-        stored = {HEAD, self.embedding} <= self.tensors.keys()
-        return bool(tied) and stored and torch.equal(self.read(HEAD), self.read(self.embedding))
+        stored = {HEAD_WEIGHT, self.embedding} <= self.tensors.keys()
+        return bool(tied) and stored and torch.equal(self.read(HEAD_WEIGHT), self.read(self.embedding))
 
     def block_modules(self) -> frozenset[str]:
         """Return the linear modules of the decoder's blocks, which are what a server quantizes."""
@@ -140,8 +141,10 @@ class ModelFolder:
 
     def _parameters(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of what is no linear weight; not of the masks and frequencies in old checkpoints."""
-        linear = {HEAD, *(f"{name}.weight" for name in self.block_modules())}
-        tensors = {self.embedding: self.tensors[HEAD], **self.tensors} if HEAD in self.tensors else self.tensors
+        linear = {HEAD_WEIGHT, *(f"{name}.weight" for name in self.block_modules())}
+        tensors = (
+            {self.embedding: self.tensors[HEAD_WEIGHT], **self.tensors} if HEAD_WEIGHT in self.tensors else self.tensors
+        )
         return {
             name: tensor.shape
             for name, tensor in tensors.items()

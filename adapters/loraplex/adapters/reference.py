@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from loraplex.adapters.base_model import HEAD_WEIGHT
 from loraplex.adapters.bnb import import_bitsandbytes
-from loraplex.adapters.model_folder import HEAD, ModelFolder
+from loraplex.adapters.model_folder import ModelFolder
 from loraplex.adapters.quantized_values import round_trip
 from loraplex.adapters.streamed_model import empty_model
 
@@ -42,7 +43,7 @@ def plain_model(folder: Path, quantization: str | None = None) -> Any:
     rounded = {f"{module}.weight" for module in files.block_modules()} if quantization else set()
 
     def read(name: str) -> torch.Tensor:
-        source = files.head_source if name == HEAD else name
+        source = files.head_source if name == HEAD_WEIGHT else name
         weight = files.read(source).float()
         if quantization is None or name not in rounded or files.tensors[source].parts:
             return weight.clone()

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
+from loraplex.adapters.base_model import HEAD_WEIGHT
 from loraplex.adapters.binding import EmbeddingWeights, ModuleWeights
 from loraplex.adapters.blend import Blend, WeightedAdapter
 from loraplex.adapters.merge_methods import MergeMethod
-from loraplex.adapters.model_folder import HEAD, ModelFolder
+from loraplex.adapters.model_folder import ModelFolder
 from loraplex.adapters.quantized_values import round_trip
 from loraplex.adapters.streamed_model import StreamedModel
 
@@ -49,8 +50,8 @@ class _UnmergedWeights:
         if name in self._replaced:
             weight = self._replaced[name].float()
         else:
-            source = {HEAD: self._base.head_source}.get(name, name)
-            source = HEAD if source not in self._base.tensors and source == self._base.embedding else source
+            source = {HEAD_WEIGHT: self._base.head_source}.get(name, name)
+            source = HEAD_WEIGHT if source not in self._base.tensors and source == self._base.embedding else source
             weight = self._base.read(source).float()
             if name in self._rounded and not self._base.tensors[source].parts:
                 assert self._quantization is not None
