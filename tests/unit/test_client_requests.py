@@ -30,8 +30,9 @@ from loraplex.client import (
 )
 from loraplex.client.channel import ChannelOptions
 from loraplex.client.errors import error_from_rpc, parse_details
+from loraplex.client.merge_requests import merge_adapter
 from loraplex.client.options import SamplingKeywords, combine
-from loraplex.client.requests import generate_request, merge_adapter
+from loraplex.client.requests import generate_request
 from loraplex.client.responses import GenerationBuilder, generation
 from loraplex.v1 import export_pb2, generation_pb2
 

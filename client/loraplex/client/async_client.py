@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar, Unpack
 
-from loraplex.client import requests
+from loraplex.client import merge_requests, requests
 from loraplex.client.async_streams import AsyncGenerationStream, AsyncMergeStream, AsyncStream
 from loraplex.client.async_transport import AsyncTransport
 from loraplex.client.channel import DEFAULT_TARGET, ChannelOptions
@@ -241,7 +241,7 @@ class AsyncClient:
 
         Several adapters are given with their weights. `options` are those of `MergeKeywords`.
         """
-        call = requests.merge_adapter(adapter, output, **options)
+        call = merge_requests.merge_adapter(adapter, output, **options)
         return AsyncMergeStream(call, *self._transport.opener(call, timeout))
 
     async def server_info(self, *, timeout: float | None = None) -> ServerInfo:

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar, Unpack
 
-from loraplex.client import requests
+from loraplex.client import merge_requests, requests
 from loraplex.client.channel import DEFAULT_TARGET, ChannelOptions
 from loraplex.client.downloads import Download, DownloadProgress
 from loraplex.client.errors import DeadlineError, LoraplexClientError, UnavailableError
@@ -241,7 +241,7 @@ class Client:
 
         Several adapters are given with their weights. `options` are those of `MergeKeywords`.
         """
-        call = requests.merge_adapter(adapter, output, **options)
+        call = merge_requests.merge_adapter(adapter, output, **options)
         return MergeStream(call, *self._transport.opener(call, timeout))
 
     def server_info(self, *, timeout: float | None = None) -> ServerInfo:

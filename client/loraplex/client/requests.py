@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -12,9 +10,8 @@ from grpc_health.v1 import health_pb2
 
 from loraplex.client import responses
 from loraplex.client.calls import Call, new_request_id
-from loraplex.client.errors import InvalidRequestError
-from loraplex.client.merging import MergeBase, MergeKeywords, MergeMethod, MergeProgress
 from loraplex.client.options import ChatMessage, Prompt, RegistrationKeywords, SamplingOptions
+from loraplex.client.request_fields import field_named, set_sampling
 from loraplex.client.results import (
     Adapter,
     AliasTarget,
@@ -26,32 +23,7 @@ from loraplex.client.results import (
     ServerInfo,
     Unregistration,
 )
-from loraplex.v1 import adapter_pb2, export_pb2, generation_pb2, server_pb2
-
-_MERGE_BASES = {
-    MergeBase.FULL_PRECISION: export_pb2.MERGE_BASE_FULL_PRECISION,
-    MergeBase.DEQUANTIZED: export_pb2.MERGE_BASE_DEQUANTIZED,
-}
-
-_MERGE_METHODS = {
-    MergeMethod.LINEAR: export_pb2.MERGE_METHOD_LINEAR,
-    MergeMethod.TIES: export_pb2.MERGE_METHOD_TIES,
-    MergeMethod.DARE_LINEAR: export_pb2.MERGE_METHOD_DARE_LINEAR,
-    MergeMethod.DARE_TIES: export_pb2.MERGE_METHOD_DARE_TIES,
-}
-
-
-@contextmanager
-def _field(name: str) -> Iterator[None]:
-    """Turn what protobuf says about a value that does not fit its field into the error the server would give.
-
-    Raises:
-        InvalidRequestError: naming the field `name`.
-    """
-    try:
-        yield
-    except ValueError as error:
-        raise InvalidRequestError.of(name, str(error)) from error
+from loraplex.v1 import adapter_pb2, generation_pb2, server_pb2
 
 
 def generate_request(
@@ -71,20 +43,20 @@ def generate_request(
         TypeError: for a prompt that is neither text, chat messages nor token ids.
     """
     request = generation_pb2.GenerateRequest(request_id=request_id or new_request_id())
-    with _field("prompt"):
+    with field_named("prompt"):
         _set_prompt(request, prompt)
-    with _field("adapter"):
+    with field_named("adapter"):
         selection = request.adapters.add(name=adapter)
     if scale is not None:
-        with _field("adapters.scale"):
+        with field_named("adapters.scale"):
             selection.scale = scale
-    with _field("adapters.routing_key"):
+    with field_named("adapters.routing_key"):
         selection.routing_key = routing_key
-    with _field("cache_salt"):
+    with field_named("cache_salt"):
         request.cache_salt = cache_salt
-    with _field("tenant"):
+    with field_named("tenant"):
         request.tenant = tenant
-    _set_sampling(request.sampling, sampling, "sampling")
+    set_sampling(request.sampling, sampling, "sampling")
     return request
 
 
@@ -110,18 +82,6 @@ def _role_and_content(message: Any) -> tuple[str, str]:
     if set(message) != {"role", "content"}:
         raise TypeError(f"a chat message has the keys role and content, not {sorted(message)}")
     return message["role"], message["content"]
-
-
-def _set_sampling(message: generation_pb2.SamplingParameters, sampling: SamplingOptions, field: str) -> None:
-    for option in fields(sampling):
-        value = getattr(sampling, option.name)
-        if value is None:
-            continue
-        with _field(f"{field}.{option.name}"):
-            if option.name in ("stop", "stop_token_ids"):
-                getattr(message, option.name).extend(value)
-            else:
-                setattr(message, option.name, value)
 
 
 def generate(request: generation_pb2.GenerateRequest) -> Call[Generation]:
@@ -163,17 +123,17 @@ def set_metadata(
         InvalidRequestError: for a value that does not fit its field.
         TypeError: if `tags` is a string, which would be taken apart into its characters.
     """
-    with _field("description"):
+    with field_named("description"):
         message.description = description
-    with _field("tags"):
+    with field_named("tags"):
         message.tags.extend(_several(tags))
-    with _field("owner"):
+    with field_named("owner"):
         message.owner = owner
-    with _field("expected_digest"):
+    with field_named("expected_digest"):
         message.expected_digest = expected_digest
     if default_sampling is not None:
         message.default_sampling.SetInParent()
-        _set_sampling(message.default_sampling, default_sampling, "default_sampling")
+        set_sampling(message.default_sampling, default_sampling, "default_sampling")
 
 
 def _several(tags: Sequence[str]) -> Sequence[str]:
@@ -202,7 +162,7 @@ def list_adapters(
     Raises:
         InvalidRequestError: if `page_size` does not fit its field.
     """
-    with _field("page_size"):
+    with field_named("page_size"):
         request = adapter_pb2.ListAdaptersRequest(
             name_contains=name_contains, tags=_several(tags), owner=owner, page_size=page_size, page_token=page_token
         )
@@ -233,7 +193,7 @@ def update_adapter(
         request.tags.values.extend(_several(tags))
     if default_sampling is not None:
         request.default_sampling.SetInParent()
-        _set_sampling(request.default_sampling, default_sampling, "default_sampling")
+        set_sampling(request.default_sampling, default_sampling, "default_sampling")
     return Call(lambda stubs: stubs.adapters.UpdateAdapter, request, responses.adapter_of, name)
 
 
@@ -256,7 +216,7 @@ def set_alias(alias: str, targets: str | Mapping[str, float]) -> Call[tuple[Alia
         InvalidRequestError: for a weight that is no number.
     """
     weights = {targets: 1.0} if isinstance(targets, str) else targets
-    with _field("targets"):
+    with field_named("targets"):
         entries = [adapter_pb2.AliasTarget(name=name, weight=weight) for name, weight in weights.items()]
     request = adapter_pb2.SetAliasRequest(alias=alias, targets=entries)
     return Call(lambda stubs: stubs.adapters.SetAlias, request, responses.previous_targets)
@@ -278,37 +238,6 @@ def get_bind_report(report_id: str) -> Call[BindReport]:
     """Return the call for the report behind a refused registration, or on the adapter with a digest."""
     request = adapter_pb2.GetBindReportRequest(report_id=report_id)
     return Call(lambda stubs: stubs.adapters.GetBindReport, request, responses.bind_report)
-
-
-def merge_adapter(
-    adapter: str | Mapping[str, float], output: str | Path, **options: Unpack[MergeKeywords]
-) -> Call[MergeProgress]:
-    """Return the call that merges, streaming its progress.
-
-    Raises:
-        InvalidRequestError: for a value that does not fit its field.
-        TypeError: for a keyword that is none of `MergeKeywords`.
-    """
-    if unknown := set(options) - set(MergeKeywords.__annotations__):
-        raise TypeError(f"no option of a merge: {', '.join(sorted(unknown))}")
-    request = export_pb2.MergeAdapterRequest(output=str(output))
-    with _field("base"):
-        request.base = _MERGE_BASES[MergeBase(options.pop("base", MergeBase.FULL_PRECISION))]
-    with _field("method"):
-        request.method = _MERGE_METHODS[MergeMethod(options.pop("method", MergeMethod.LINEAR))]
-    request.prompts.extend(options.pop("prompts", ()))
-    if isinstance(adapter, str):
-        request.adapter = adapter
-    else:
-        for name, weight in adapter.items():
-            with _field("adapters.weight"):
-                request.adapters.add(adapter=name, weight=weight)
-    for name, value in options.items():
-        if value is not None:
-            with _field(name):
-                setattr(request, name, value)
-    header = adapter if isinstance(adapter, str) else ""
-    return Call(lambda stubs: stubs.export.MergeAdapter, request, responses.merge_progress, header)
 
 
 def server_info() -> Call[ServerInfo]:
