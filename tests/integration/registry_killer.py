@@ -35,7 +35,21 @@ State = dict[str, Any]
 
 # A victim dies between two lines of these: ours, and what stands between us and the disk.
 _TRACED = (
-    *("alias_book", "catalog", "disk", "folder", "intake", "pins", "registry", "schema", "sources", "stock", "store"),
+    *(
+        "alias_book",
+        "catalog",
+        "disk",
+        "folder",
+        "intake",
+        "pins",
+        "publisher",
+        "registry",
+        "schema",
+        "sources",
+        "stock",
+        "store",
+        "usage_book",
+    ),
     *("upload", "usage"),
 )
 _BELOW = ("sqlalchemy/engine/default.py", "shutil.py", "pathlib.py", "tempfile.py")
@@ -162,7 +176,7 @@ class Killer:
             registry = opened(root)
             for operation in self.operations:
                 operation(registry)
-                registry.count_use("a", 1, 1)
+                registry.usage.count("a", 1, 1)
                 os.write(writing, b".")
             registry.close()
             os._exit(0)

@@ -178,7 +178,7 @@ class RegistryMachine(RuleBasedStateMachine):
             assert self.registry.acquire(selector, key).digest == record.digest, "sticky"
             self.registry.release(record.digest)
         self.active[record.digest] += 1
-        self.registry.count_use(record.name, 2, 3)
+        self.registry.usage.count(record.name, 2, 3)
         self.names[record.name].requests += 1
 
     @rule(name=names, content=contents)

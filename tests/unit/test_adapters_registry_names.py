@@ -215,9 +215,9 @@ def test_usage_is_of_the_name_and_outlives_a_restart(opener: Opener, source: Pat
     registry.register("a", source / "one")
     assert registry.get("a").usage == Usage()
     before = datetime.now(UTC)
-    registry.count_use("a", 3, 5)
-    registry.count_use("a", 1, 0)
-    registry.count_use("nothing", 1, 1)
+    registry.usage.count("a", 3, 5)
+    registry.usage.count("a", 1, 0)
+    registry.usage.count("nothing", 1, 1)
     registry.register("a", source / "two")
     used = registry.get("a").usage
     assert (used.requests, used.prompt_tokens, used.generation_tokens) == (2, 4, 5)
@@ -277,7 +277,7 @@ def test_counting_waits_for_no_disk(registry: AdapterRegistry, source: Path, mon
     assert publishing.wait(30)
     # Were any of these to wait for the registration, it would never end.
     digest = registry.acquire("live", "key").digest
-    registry.count_use("a", 1, 1)
+    registry.usage.count("a", 1, 1)
     registry.release(digest)
     assert registry.get("a").usage.requests == 1
     assert registry.list().records[0].version.number == 2

@@ -15,17 +15,17 @@ from pathlib import Path
 from loraplex.adapters.alias_book import AliasBook
 from loraplex.adapters.binding import BaseModel, BindReport, BoundAdapter
 from loraplex.adapters.catalog import Catalog
-from loraplex.adapters.digest import PREFIX, is_digest
 from loraplex.adapters.directory import Directory, NamedAdapter, Version
 from loraplex.adapters.disk import lock_folder, removed_at_exit
-from loraplex.adapters.errors import AlreadyExistsError, InvalidRequestError, PreconditionError
-from loraplex.adapters.metadata import Metadata, MetadataChange
+from loraplex.adapters.errors import PreconditionError
+from loraplex.adapters.metadata import MetadataChange
 from loraplex.adapters.names import check_name, page_of, parse_selector
 from loraplex.adapters.pins import Pins
+from loraplex.adapters.publisher import Published, Publisher
 from loraplex.adapters.records import AdapterFilter, AdapterPage, AdapterRecord, Registration, Unregistration
 from loraplex.adapters.sources import AdapterSources, SourcePolicy
 from loraplex.adapters.stock import Stock
-from loraplex.adapters.usage import UsageMeter
+from loraplex.adapters.usage_book import UsageBook
 
 UPLOADED = "upload"
 NO_CHANGE = MetadataChange()
@@ -36,8 +36,8 @@ NO_URLS = SourcePolicy()
 class AdapterRegistry:
     """Registered adapters for one base model, kept below `root`.
 
-    A name keeps its versions until they are unregistered, so that `name@2` finds an earlier one. `aliases` and `pins`
-    are changed through the objects of that name; `stock` tells of weights and of the requests on them.
+    A name keeps its versions until they are unregistered, so that `name@2` finds an earlier one. `aliases`, `pins`
+    and `usage` are changed through the objects of that name; `stock` tells of weights and of the requests on them.
     """
 
     def __init__(
@@ -69,7 +69,8 @@ class AdapterRegistry:
                 self._catalog.set_fingerprint(rebound, base.fingerprint)
             self.aliases = AliasBook(self._catalog, self.stock.writing)
             self.pins = Pins(self._catalog, self.stock.writing, self.stock.problem)
-            self._usage = UsageMeter(self._catalog.read_usage(), self._save_usage)
+            self.usage = UsageBook(self._catalog, self.stock.writing)
+            self._publisher = Publisher(self._catalog, self.stock)
         except BaseException:
             self._owner.close()
             raise
@@ -125,7 +126,8 @@ class AdapterRegistry:
         """
         check_name(name)
         with self._sources.folder(str(source), cancelled) as folder:
-            return self._register(name, folder, str(source), change, expected_digest, restore=restore)
+            published = self._publisher.publish(name, folder, str(source), change, expected_digest, restore=restore)
+        return self._registration(published)
 
     def register_upload(
         self, name: str, staged: Path, change: MetadataChange = NO_CHANGE, expected_digest: str = ""
@@ -135,7 +137,8 @@ class AdapterRegistry:
             raise ValueError(f"{staged} is not a folder in {self.incoming}")
         with removed_at_exit(staged):
             check_name(name)
-            return self._register(name, staged, UPLOADED, change, expected_digest, restore=True)
+            published = self._publisher.publish(name, staged, UPLOADED, change, expected_digest, restore=True)
+        return self._registration(published)
 
     def unregister(self, selector: str) -> Unregistration:
         """Take a name away at once, or one of its versions; requests in flight keep their weights until they end.
@@ -159,7 +162,7 @@ class AdapterRegistry:
             active = self.stock.active(gone)
             self._catalog.reduce(left)
             if not left.versions:
-                self._usage.forget(adapter.name)
+                self.usage.forget(adapter.name)
             self.stock.collect(gone)
             unnamed = {digest: size for digest, size in gone.items() if digest not in self.digests}
         return Unregistration(adapter.name, version.digest, active, unnamed)
@@ -197,11 +200,6 @@ class AdapterRegistry:
             ValueError: if no request is active on `digest`.
         """
         self.stock.release(digest)
-
-    def count_use(self, name: str, prompt_tokens: int, generation_tokens: int) -> None:
-        """Count a request that has ended on `name`; waits for no disk. A name that has gone meanwhile is ignored."""
-        if name in self.directory.names:
-            self._usage.count(name, prompt_tokens, generation_tokens)
 
     def load(self, digest: str) -> BoundAdapter:
         """Read the weights of `digest` from the store and check that they are what was registered.
@@ -276,45 +274,13 @@ class AdapterRegistry:
 
     def close(self) -> None:
         """Save what is not saved yet, close the catalog and give `root` free."""
-        self._usage.close()
+        self.usage.close()
         self._catalog.close()
         self._owner.close()
 
-    def _register(
-        self, name: str, folder: Path, source: str, change: MetadataChange, expected_digest: str, *, restore: bool
-    ) -> Registration:
-        change.applied_to(Metadata())  # what is wrong with it is said before anything is read
-        if expected_digest and not is_digest(expected_digest):
-            raise InvalidRequestError.of("expected_digest", f"is no digest ({PREFIX} and 64 hexadecimal digits)")
-        with self.stock.candidate(folder, source, expected_digest) as candidate:
-            digest = candidate.version.digest
-            damaged = self.stock.is_damaged(digest)
-            with self.stock.writing():
-                if name in self.directory.aliases:
-                    raise AlreadyExistsError(f"{name} is an alias; delete it first or choose another name")
-                known = self.directory.names.get(name)
-                versions = known.versions if known else ()
-                kept = {v.digest for v in (versions[-1:] if restore else versions)}
-                metadata = change.applied_to(known.metadata if known else Metadata())
-                try:
-                    self.stock.put(candidate, replace=damaged)
-                    if digest not in kept:
-                        self._catalog.publish(name, metadata, candidate.version)
-                    elif known and known.metadata != metadata:
-                        self._catalog.describe(name, metadata)
-                finally:
-                    self.stock.collect((digest,))
-                adapter = self.directory.names[name]
-                return Registration(self._record(adapter, adapter.current), known.current.digest if known else None)
-
-    def _save_usage(self) -> None:
-        # Taken inside, so that a name which is unregistered and registered again meanwhile begins at nothing.
-        with self.stock.writing():
-            with self._usage.unsaved() as usage:
-                names = self.directory.names
-                self._catalog.write_usage({name: used for name, used in usage.items() if name in names})
-            for name in usage.keys() - names.keys():
-                self._usage.forget(name)
+    def _registration(self, published: Published) -> Registration:
+        now, before = published.adapter, published.before
+        return Registration(self._record(now, now.current), before.current.digest if before else None)
 
     def _find(self, name: str, routing_key: str | None) -> AdapterRecord | None:
         found = self.directory.find(name, routing_key)
@@ -330,7 +296,7 @@ class AdapterRegistry:
             pinned=version.digest in now.pinned_digests,
             problem=self.stock.problem(version.digest),
             has_chat_template=self.stock.has_template(version.digest),
-            usage=self._usage.of(adapter.name),
+            usage=self.usage.of(adapter.name),
         )
 
 

@@ -116,7 +116,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             finally:
                 # What was refused, or left the queue before its turn, has used nothing.
                 if record and answered:
-                    self._registry.count_use(record.name, len(request.prompt_token_ids), generated)
+                    self._registry.usage.count(record.name, len(request.prompt_token_ids), generated)
 
     def _use(self, name: str, routing_key: str) -> AbstractAsyncContextManager[AdapterRecord]:
         return adapter_use(self._registry, name, self._executor, routing_key)
