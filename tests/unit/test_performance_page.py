@@ -84,13 +84,22 @@ def test_only_right_peers_compete() -> None:
         "ttft_512_ms": 5.0,
     }
     entry |= {"ready_s": 1.0, "version": "1", "way": "in process", "reason": ""}
+    right, wrong = {"correct": True}, {"correct": False}
     peers = [
-        {**entry, "system": "wrong", "correct": False},
-        {**entry, "system": "right", "mixed_tok_s": 40.0, "correct": True},
+        {**entry, "system": "wrong", "correct": False, "judged": {"base": right, "mixed": wrong}},
+        {
+            **entry,
+            "system": "right",
+            "mixed_tok_s": 40.0,
+            "base_tok_s": 45.0,
+            "correct": True,
+            "judged": {"mixed": right},
+        },
     ]
     filled = fill(PAGE.read_text(), {"cpu": cpu(), "peers": peers}, PERFORMANCE_PARTS)
     assert "40.0 (right)" in filled
-    assert "(wrong)" not in filled
+    assert "90.0 (wrong)" not in filled
+    assert "50.0 (wrong)" in filled, "its base is right"
     assert "| wrong | 50.0 | 90.0 | - | 5.0 | 1.0 | **wrong** | 1; in process |" in filled
 
 

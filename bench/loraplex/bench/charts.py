@@ -50,8 +50,9 @@ def draw_peers(entries: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure, axes = _subplots(1, 1, (8.5, 1.1 + 0.62 * len(shown)))
     longest = 1.0
     for place, entry in enumerate(shown):
-        for offset, key, colour in ((0.2, "base_tok_s", GREY), (-0.2, "mixed_tok_s", BLUE)):
-            wrong = key == "mixed_tok_s" and entry["correct"] is False
+        for offset, case, colour in ((0.2, "base", GREY), (-0.2, "mixed", BLUE)):
+            key = f"{case}_tok_s"
+            wrong = case in entry["judged"] and not entry["judged"][case]["correct"]
             _bar(axes, place + offset, entry[key], RED if wrong else colour, wrong)
             longest = max(longest, entry[key] or 0.0)
     axes.set_yticks(range(len(shown)), [entry["system"] for entry in shown])

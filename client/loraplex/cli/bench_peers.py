@@ -29,7 +29,7 @@ from loraplex.cli.output import to_stderr, to_stdout
 
 PREPARE_TIMEOUT_S = 3600.0
 ORACLE_TIMEOUT_S = 900.0
-JUDGED = (BASE, MIXED)
+JUDGED = (BASE, MIXED, ONE_STREAM)
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ def _judge(
     adapters: Sequence[str],
     bar: Progress,
 ) -> dict[str, dict[str, Verdict]]:
-    """Return the verdicts on the first round of base and mixed, by system and case."""
+    """Return the verdicts on the first round, by system and case."""
     task = bar.add_task("judging", total=len(outcomes) * len(JUDGED))
     verdicts: dict[str, dict[str, Verdict]] = {system: {} for system in outcomes}
     for system, outcome in outcomes.items():

@@ -70,8 +70,8 @@ def _answers(entry: Mapping[str, Any]) -> str:
         return "not judged"
     if entry["correct"]:
         return "right"
-    wrong = [case for case, judged in entry["judged"].items() if judged["rows_right"] < judged["rows"]]
-    return f"WRONG ({', '.join(wrong) or 'inexact'})"
+    wrong = [case for case, judged in entry["judged"].items() if not judged["correct"]]
+    return f"WRONG ({', '.join(wrong)})"
 
 
 def _rates(outcome: Outcome, case: str, trials: Mapping[str, Trial]) -> list[float]:
