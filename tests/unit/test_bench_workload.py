@@ -88,3 +88,14 @@ def test_w16_is_sixteen_requests_at_once_of_128_tokens() -> None:
 def test_unknown_case_is_refused() -> None:
     with pytest.raises(ValueError, match="unknown case 'other': choose from base, same, mixed"):
         workload_of("other")
+
+
+def test_other_series_share_no_prefix_worth_a_cache_block() -> None:
+    short = Workload(requests=8, prompt_tokens=128, series="context=128").plan()
+    long = Workload(requests=8, prompt_tokens=256, series="context=256").plan()
+    for first in short:
+        for second in long:
+            common = next(
+                i for i, (a, b) in enumerate(zip(first.prompt.split(), second.prompt.split(), strict=False)) if a != b
+            )
+            assert common < 8

@@ -49,7 +49,7 @@ async def run_all(
     for repetition in range(repeat):
         for case, workload in cases.items():
             for name, server in servers.items():
-                seeded = replace(workload, seed=repetition)
+                seeded = replace(workload, seed=repetition, series=case)
                 heard = _labelled(on_tokens, f"{name} {case}")
                 found[name][case].append(await measure(server, seeded, heard))
     return found

@@ -67,6 +67,7 @@ class Workload:
         assignment: how they are given out.
         ignore_eos: go on to `max_tokens` whatever the model says, so that every run computes the same amount.
         seed: of the prompts, and of the draw of adapters.
+        series: part of the prompts' seed: runs of other series find none of their prefixes in the server's cache.
     """
 
     concurrency: int = 16
@@ -77,6 +78,7 @@ class Workload:
     assignment: Assignment = Assignment.BASE
     ignore_eos: bool = True
     seed: int = 0
+    series: str = ""
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -115,7 +117,7 @@ class Workload:
 
     def _prompt(self, index: int) -> str:
         """Return English text that no other request of the run starts with, so that none finds another's prefix."""
-        draw = random.Random(f"{self.seed}/{index}")
+        draw = random.Random(f"{self.series}/{self.seed}/{index}")
         words = ["Chapter", str(index + 1), ":"]
         while len(words) < self.prompt_tokens:
             subject, thing = draw.choice(_NOUNS), draw.choice(_NOUNS)

@@ -36,7 +36,9 @@ def make_trials(tokenize: Tokenize, sizes: Sizes, rounds: int) -> dict[str, Tria
     every = range(rounds + 1)
     names = [w16.adapter_name(index) for index in range(sizes.rows)]
     prompts = [_prompts(tokenize, Workload(requests=sizes.rows, seed=seed)) for seed in every]
-    longer = Workload(requests=1, prompt_tokens=sizes.long_prompt + 32)
+    # Prompts of their own: an engine that keeps prefixes must not find them from another trial.
+    alone = [_prompts(tokenize, Workload(requests=1, seed=seed, series=ONE_STREAM))[0] for seed in every]
+    longer = Workload(requests=1, prompt_tokens=sizes.long_prompt + 32, series=FIRST_TOKEN)
     long = [_prompts(tokenize, Workload(**{**vars(longer), "seed": seed}))[0][: sizes.long_prompt] for seed in every]
     return {
         BASE: Trial([[Request(ids, "") for ids in of_round] for of_round in prompts], sizes.tokens),
@@ -44,7 +46,7 @@ def make_trials(tokenize: Tokenize, sizes: Sizes, rounds: int) -> dict[str, Tria
             [[Request(ids, name) for ids, name in zip(of_round, names, strict=True)] for of_round in prompts],
             sizes.tokens,
         ),
-        ONE_STREAM: Trial([[Request(of_round[-1], names[-1])] for of_round in prompts], sizes.tokens),
+        ONE_STREAM: Trial([[Request(ids, names[-1])] for ids in alone], sizes.tokens),
         FIRST_TOKEN: Trial([[Request(ids, "")] for ids in long], 1),
     }
 
