@@ -11,8 +11,11 @@ from typing import Any
 
 import grpc
 import pytest
+import typer
+from typer.testing import CliRunner
 
 from loraplex.cli import connection
+from loraplex.cli.reporting import ReportingGroup
 from loraplex.client import DEFAULT_TARGET
 from tests.unit.command import Run, ok
 from tests.unit.fake_server import DIGEST, FakeServer, answer, fail, hang, pieces, then_fail
@@ -170,8 +173,26 @@ def test_interrupting_an_answer_cancels_it(server: FakeServer) -> None:
         assert process.stdout.read(5) == b"first"
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=30)
-    assert (process.returncode, b"Traceback" in errors) == (130, False)
+    assert (process.returncode, b"Traceback" in errors) == (130, False), errors.decode()
     assert server.seen["GenerateStream"][0].ended.wait(10)
+
+
+def test_what_fails_because_of_an_interrupt_is_an_interrupt() -> None:
+    app = typer.Typer(cls=ReportingGroup)
+
+    @app.callback()
+    def root() -> None:
+        pass
+
+    @app.command()
+    def fails() -> None:
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise RuntimeError("closing failed too")
+
+    result = CliRunner().invoke(app, ["fails"])
+    assert (result.exit_code, "closing" in result.output) == (130, False)
 
 
 def test_version(run: Run) -> None:

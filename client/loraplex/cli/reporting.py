@@ -16,17 +16,29 @@ class ReportingGroup(TyperGroup):
 
         Raises:
             typer.Exit: with status 1, after an error was reported.
+            KeyboardInterrupt: also where Ctrl-C made something else fail on its way out.
         """
         try:
             return super().invoke(ctx)
         except (typer.Exit, typer.Abort, BrokenPipeError):
             raise
         except Exception as error:
+            if _was_interrupted(error):
+                raise KeyboardInterrupt from error
             # Usage errors (exit status 2) show themselves: they have `format_message`, in Typer as in Click.
             if ctx.params.get("debug") or hasattr(error, "format_message"):
                 raise
             report(error)
             raise typer.Exit(1) from error
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    """Whether `error` came of an interrupt: raised while it was handled, or what C code made of it."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def report(error: Exception) -> None:
