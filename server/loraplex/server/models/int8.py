@@ -25,6 +25,8 @@ from loraplex.server.models.quantized_linear import QuantizedLinear
 _log = logging.getLogger(__name__)
 
 _CHUNK_WEIGHTS = 1 << 18  # quantized at a time: 1 MiB in float32, so that it stays in a cache
+SMALLEST_SCALE = 1e-30
+"""Zeros are divided by this; by anything much smaller they would become 0 * inf."""
 _INVERSE_127 = 7.874015718698502e-3  # the constant of bitsandbytes' int8_vectorwise_dequant
 _FLOAT16_MAX = 65504.0
 # A result in bfloat16 is off by 0.2 %; beyond this something else is wrong.
@@ -58,7 +60,7 @@ class Int8Matrix:
             rows = weight[first : first + step].to(torch.float16).float()
             largest = torch.amax(rows.abs(), dim=1)
             # A row of zeros keeps codes of zero instead of 0 / 0.
-            factor = 127.0 / largest.clamp(min=torch.finfo(torch.float32).tiny)
+            factor = 127.0 / largest.clamp(min=SMALLEST_SCALE)
             codes[first : first + step] = rows.mul_(factor.unsqueeze(1)).round_()
             scale[first : first + step] = largest
         if not bool(torch.isfinite(scale).all()):
@@ -135,7 +137,7 @@ def _gpu_product(x: torch.Tensor, matrix: Int8Matrix) -> torch.Tensor:
 
 def _cpu_product(x: torch.Tensor, matrix: Int8Matrix) -> torch.Tensor:
     rows, count = x.float(), len(x)
-    largest = torch.amax(rows.abs(), dim=1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny)
+    largest = torch.amax(rows.abs(), dim=1, keepdim=True).clamp_(min=SMALLEST_SCALE)
     steps = rows * (127.0 / largest)
     coarse = steps.round()
     fine = steps.sub_(coarse).mul_(_FINER).round_()

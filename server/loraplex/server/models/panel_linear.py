@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from loraplex.adapters.bnb import import_bitsandbytes
 from loraplex.server.models import panels
 from loraplex.server.models.four_bit import FourBitMatrix
-from loraplex.server.models.int8 import Int8Matrix
+from loraplex.server.models.int8 import SMALLEST_SCALE, Int8Matrix
 from loraplex.server.models.integer_product import IntegerProduct, integer_products_available
 from loraplex.server.models.linear import Linear
 
@@ -108,7 +108,7 @@ class RoundedPanelLinear(PanelLinear):
         for first in range(0, out_features, step):
             rows = F.pad(weight[first : first + step].float(), (0, -in_features % BLOCK)).view(-1, blocks, BLOCK)
             largest = rows.abs().amax(dim=2)
-            factor = _LARGEST / largest.clamp(min=torch.finfo(torch.float32).tiny)
+            factor = _LARGEST / largest.clamp(min=SMALLEST_SCALE)
             codes[first : first + step] = rows.mul_(factor.unsqueeze(2)).round_().view(-1, blocks * BLOCK)
             scales[first : first + step] = largest
         packed = panels.pack(codes[:, :in_features])

@@ -9,7 +9,8 @@ bitsandbytes defines what quantized weights stand for, and it is imported only w
 | int8         | exact: dequantized      | panels, 2 x 8 bits, or exact    | 8-bit activations; float32: exact |
 
 "Panels" are the products of 16-bit integers of `panel_linear`, on CPUs with AVX512-VNNI; "fused kernel" and "2 x 8
-bits" are what is left where those fail their check. lm_head stays unquantized; see `make_head`.
+bits" are what is left where those fail their check. lm_head has no quantization, but beside panels it is rounded to 13
+bits; see `make_head`.
 """
 
 from __future__ import annotations
