@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,9 @@ from loraplex.adapters.verify import (
 )
 from loraplex.cli import verify_run
 from loraplex.cli.main import app
-from loraplex.client import Client
+from loraplex.client import Client, SamplingOptions
 from loraplex.server.config import ModelConfig
-from tests.integration.serving import Folders, RunningServer, fitting_adapter, write_model
+from tests.integration.serving import CONTEXT, Folders, RunningServer, fitting_adapter, write_model
 from tests.parity.merge_models import LLAMA_TARGETS, load, logits, make_adapter, make_base
 
 
@@ -50,8 +51,29 @@ def server(request: pytest.FixtureRequest, folders: Folders) -> Iterator[Running
         yield running
 
 
-def test_a_right_server_passes(server: RunningServer, tmp_path: Path) -> None:
-    (tmp_path / "prompts").write_text("The quick brown fox\njumps over\n")
+OWN_SAMPLING = SamplingOptions(
+    temperature=1.0,
+    top_p=0.5,
+    top_k=3,
+    min_p=0.5,
+    repetition_penalty=1.9,
+    presence_penalty=1.5,
+    frequency_penalty=1.5,
+    n=2,
+)
+
+
+def test_a_right_server_passes_whatever_the_adapters_own_sampling(server: RunningServer, tmp_path: Path) -> None:
+    prompts = ("The quick brown fox", "jumps over")
+    (tmp_path / "prompts").write_text("\n".join(prompts))
+    greedy = replace(verify_run.GREEDY, max_tokens=8)
+    with server.client() as client:
+        tokens = client.generate(prompts[0], "alpha", sampling=greedy).choices[0].token_ids
+        own = replace(OWN_SAMPLING, stop_token_ids=[tokens[4]])
+        client.update_adapter("alpha", default_sampling=own)
+        answers = [client.generate(prompt, "alpha", sampling=greedy) for prompt in prompts]
+    positions = sum(len(answer.choices[0].token_ids) for answer in answers)
+    assert positions < 16
     arguments = ["adapter", "verify", "alpha", "--server", server.target, "--prompts", str(tmp_path / "prompts")]
     result = CliRunner().invoke(app, [*arguments, "--max-tokens", "8", "--json"])
     assert result.exit_code == 0, result.output
@@ -62,10 +84,16 @@ def test_a_right_server_passes(server: RunningServer, tmp_path: Path) -> None:
     assert [pair["pair"] for pair in told["pairs"]] == ["PEFT and server", "merged and server", "PEFT and merged"]
     assert [pair["measure"] for pair in told["pairs"]] == [LOGPROBS, LOGPROBS, LOGITS]
     for pair in told["pairs"]:
-        assert pair["positions"] == 16
+        assert pair["positions"] == positions
         assert pair["top1_agreement"] == 1.0
         assert pair["max_difference"] < 1e-3
         assert pair["mean_kl"] < 1e-6
+
+
+def test_a_context_without_room_for_a_prompt_is_told(server: RunningServer) -> None:
+    arguments = ["adapter", "verify", "alpha", "--server", server.target, "--max-tokens", str(CONTEXT)]
+    result = CliRunner().invoke(app, arguments)
+    assert (result.exit_code, "max_tokens" in result.stderr) == (1, True)
 
 
 def test_another_adapters_answers_fail(folders: Folders, tmp_path: Path) -> None:

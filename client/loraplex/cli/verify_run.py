@@ -9,22 +9,35 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.table import Table
 
-from loraplex.adapters.errors import PreconditionError
+from loraplex.adapters.errors import InvalidRequestError, PreconditionError
 from loraplex.adapters.prompts import tokenize
 from loraplex.adapters.verify import PairDifference, ServedAnswer, ServedPosition, Verified, VerifyJob
 from loraplex.cli.output import progress_bar
-from loraplex.client import AsyncClient, Client, Generation, ServerInfo
+from loraplex.client import AsyncClient, Client, Generation, SamplingOptions, ServerInfo
 
 LOGPROBS = 20
 NEIGHBOURS = 3
 """Other adapters that answer the same prompts at the same time, as does the base."""
 RESERVE = 512
 """Tokens of a prompt at most; what the server's context leaves for the answer is less."""
+GREEDY = SamplingOptions(
+    temperature=0.0,
+    top_p=1.0,
+    top_k=0,
+    min_p=0.0,
+    repetition_penalty=1.0,
+    presence_penalty=0.0,
+    frequency_penalty=0.0,
+    ignore_eos=True,
+    logprobs=LOGPROBS,
+    n=1,
+)
+"""Every field that an adapter's own defaults would fill otherwise; its stop strings and tokens cannot be unset."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +77,7 @@ def run(server: str, name: str, model: str, prompts: Sequence[str], max_tokens: 
 
     Raises:
         LoraplexClientError: the server refuses something.
+        InvalidRequestError: `max_tokens` leaves no room for a prompt, or the prompts cannot be used.
         LoraplexError: the base model cannot be read here, or the adapter cannot be loaded or merged.
     """
     from loraplex.server.models.source import resolve_model
@@ -76,6 +90,10 @@ def run(server: str, name: str, model: str, prompts: Sequence[str], max_tokens: 
         client.download_adapter(version, Path(scratch) / "adapter")
         others = [other.name for other in client.list_adapters() if other.name != record.name and not other.problem]
         longest = min(RESERVE, info.max_model_len - max_tokens)
+        if longest < 1:
+            raise InvalidRequestError.of(
+                "max_tokens", f"must be less than the server's context of {info.max_model_len}, got {max_tokens}"
+            )
         ids = tokenize(folder, prompts, info.vocab_size, longest)
         beside = ("", *others[:NEIGHBOURS])
         answers = asyncio.run(_ask(server, version, beside, ids, max_tokens))
@@ -110,12 +128,11 @@ async def _ask(
     async with AsyncClient(server) as client:
 
         async def ask(adapter: str, prompt: list[int]) -> Generation:
-            return await client.generate(
-                prompt, adapter, max_tokens=max_tokens, temperature=0.0, ignore_eos=True, logprobs=LOGPROBS
-            )
+            return await client.generate(prompt, adapter, sampling=replace(GREEDY, max_tokens=max_tokens))
 
         calls = [ask(adapter, prompt) for prompt in prompts for adapter in (version, *beside)]
         answers = await asyncio.gather(*calls)
+    # A stop string or token of its defaults may cut an answer short; the token that ended it is there even so.
     return tuple(_served(prompt, answer) for prompt, answer in zip(prompts, answers[:: len(beside) + 1], strict=True))
 
 
