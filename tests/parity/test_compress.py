@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from loraplex.adapters.compress import Budget, Compressed, Factors, compress_module, total_error
 from loraplex.adapters.compressed_folder import CompressReport, compress_adapters
-from loraplex.adapters.errors import AdapterFormatError, AlreadyExistsError, InvalidRequestError
+from loraplex.adapters.errors import AdapterFormatError, AlreadyExistsError, InvalidRequestError, PreconditionError
+from loraplex.adapters.folder import WEIGHTS_FILE
 from tests.integration.serving import fitting_adapter
 from tests.parity.merge_models import LLAMA_TARGETS, load, logits, make_adapter, make_base
 
@@ -143,6 +144,21 @@ def test_what_cannot_be_compressed_is_named(tmp_path: Path) -> None:
         compress_adapters([(plain, 1.0)], tmp_path / "plain", Budget(rank=1))
     with pytest.raises(InvalidRequestError, match="scale"):
         compress_adapters([(plain, float("nan"))], tmp_path / "out", Budget(rank=1))
+
+
+@pytest.mark.parametrize(
+    ("weight", "match"), [(1e11, "q_proj is too large for torch.float16"), (1e308, "q_proj is too large: choose")]
+)
+def test_what_is_not_finite_is_refused_and_leaves_nothing(tmp_path: Path, weight: float, match: str) -> None:
+    source = make_adapter(make_base(tmp_path / "base", "llama"), tmp_path / "source", ["q_proj"])
+    weights = load_file(source / WEIGHTS_FILE)
+    key = next(key for key in weights if "lora_B" in key)
+    weights[key] *= 1e3
+    save_file(weights, source / WEIGHTS_FILE)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(PreconditionError, match=match):
+        compress_adapters([(source, weight)], tmp_path / "out", Budget(rank=2), torch.float16)
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_the_command_tells_what_is_lost(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from loraplex.adapters.errors import FieldViolation, InvalidRequestError
+from loraplex.adapters.errors import FieldViolation, InvalidRequestError, PreconditionError
 
 
 @dataclass(frozen=True)
@@ -90,24 +90,45 @@ class Compressed:
         """The error in units of the norm; 0 for a product that is 0."""
         return self.error / self.norm if self.norm else 0.0
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether neither a value of A or B nor the error is infinite or NaN."""
+        return bool(self.a.isfinite().all() and self.b.isfinite().all()) and math.isfinite(self.error)
+
 
 def compress(sources: Mapping[str, Sequence[Factors]], budget: Budget, dtype: torch.dtype) -> dict[str, Compressed]:
     """Compress the sum of each module's `sources`.
 
     Raises:
         InvalidRequestError: the budget makes no sense.
+        PreconditionError: a module's sum is too large, by itself or for `dtype`.
     """
     budget.check()
-    return {name: compress_module(factors, budget, dtype) for name, factors in sources.items()}
+    found = {}
+    for name, factors in sources.items():
+        try:
+            found[name] = compress_module(factors, budget, dtype)
+        except OverflowError as error:
+            raise PreconditionError(f"{name} is too large: choose smaller weights") from error
+        if not found[name].is_finite:
+            raise PreconditionError(f"the compressed {name} is too large for {dtype}: choose a dtype of larger range")
+    return found
 
 
 def compress_module(factors: Sequence[Factors], budget: Budget, dtype: torch.dtype) -> Compressed:
-    """Compress the sum of `factors`, which have the same inputs and outputs; computed in float64."""
+    """Compress the sum of `factors`, which have the same inputs and outputs; computed in float64.
+
+    Raises:
+        OverflowError: the sum itself is beyond float64.
+    """
     a = torch.cat([each.a.double() for each in factors])
     b = torch.cat([each.b.double() * each.factor for each in factors], dim=1)
     left, small_left = torch.linalg.qr(b)
     right, small_right = torch.linalg.qr(a.t())
-    u, singular, v = torch.linalg.svd(small_left @ small_right.t(), full_matrices=False)
+    small = small_left @ small_right.t()
+    if not small.isfinite().all():
+        raise OverflowError("the sum is not finite")
+    u, singular, v = torch.linalg.svd(small, full_matrices=False)
     rank = budget.rank_of(singular)
     # Split evenly, so that neither factor needs a larger range than the other.
     root = singular[:rank].sqrt()

@@ -56,6 +56,7 @@ def compress_adapters(
         InvalidRequestError: the budget, a weight or the dtype makes no sense.
         AlreadyExistsError: `output` exists.
         AdapterFormatError: a folder holds no adapter, or one that is more than A and B; says what.
+        PreconditionError: a module's sum is too large, by itself or for the dtype.
         ResourceExhaustedError: the disk is full.
     """
     budget.check()
