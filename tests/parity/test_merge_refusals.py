@@ -140,6 +140,20 @@ def test_the_check_sees_a_wrong_weight(tmp_path: Path) -> None:
     assert not (tmp_path / "merged").exists()
 
 
+@pytest.mark.parametrize(
+    ("prompts", "match"),
+    [(("text",), "no tokenizer"), (("text",) * 257, "at most 256")],
+    ids=["no tokenizer", "too many"],
+)
+def test_prompts_are_refused_before_anything_is_written(tmp_path: Path, prompts: tuple[str, ...], match: str) -> None:
+    base = make_base(tmp_path / "base", "llama")
+    adapter = make_adapter(base, tmp_path / "adapter", ["q_proj"])
+    told: list[str] = []
+    with pytest.raises(InvalidRequestError, match=match):
+        merge_adapter(base, adapter, tmp_path / "m", prompts=prompts, progress=lambda phase, *_: told.append(phase))
+    assert told == []
+
+
 SPEED_PROGRAM = """
 import json, pathlib, sys
 job = json.load(sys.stdin)

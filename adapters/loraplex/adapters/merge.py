@@ -36,9 +36,10 @@ from loraplex.adapters.merge_check import check_merged
 from loraplex.adapters.merge_methods import Mixing, weight_violations
 from loraplex.adapters.merge_plan import MergeBase, MergePlan, Output, Target
 from loraplex.adapters.model_folder import ModelFolder
-from loraplex.adapters.prompts import BUILT_IN
+from loraplex.adapters.prompts import BUILT_IN, tokenize
 from loraplex.adapters.quantized_values import QUANTIZATIONS
 from loraplex.adapters.speed_command import SpeedFigures, SpeedJob, measure_speed
+from loraplex.adapters.streamed_model import read_config
 from loraplex.adapters.tensor_file import write_tensors
 
 # Called with the phase, how much of it is done and how much there is.
@@ -131,7 +132,7 @@ def merge_adapters(
     `output` appears whole at the end, checked, or not at all. What `progress` raises stops the merge.
 
     Raises:
-        InvalidRequestError: arguments that contradict each other.
+        InvalidRequestError: arguments that contradict each other, or prompts that cannot be used.
         AlreadyExistsError: `output` exists.
         PreconditionError: the model cannot be read, an adapter does not fit it or cannot be merged, a merged weight is
             not finite, or the merged model is further from the unmerged one than `max_mean_kl`.
@@ -140,6 +141,8 @@ def merge_adapters(
     _check_arguments(output, adapters, options)
     model = ModelFolder.open(model_dir)
     _check_base(model, options)
+    # Before anything is written: a large model takes minutes.
+    prompts = _tokenized(model.path, options.prompts)
     base = model.base_model()
     blend = Blend(tuple(WeightedAdapter(_bound(source, model), source.weight) for source in adapters), options.mixing)
     blend.check(base, str(model.path))
@@ -157,7 +160,7 @@ def merge_adapters(
         provenance = Provenance(blend, target, plan.dtype, plan.changed, files)
         write_companions(model, partial, plan, provenance)
         comparison = check_merged(
-            model, blend, options.quantization, partial, options.prompts, lambda *done: progress(CHECKING, *done)
+            model, blend, options.quantization, partial, prompts, lambda *done: progress(CHECKING, *done)
         )
         _check_comparison(comparison, options.kl_limit)
         speed = _measure(model_dir, adapters, options, partial, lambda *done: progress(MEASURING, *done))
@@ -176,6 +179,11 @@ def merge_adapters(
         comparison,
         speed,
     )
+
+
+def _tokenized(folder: Path, prompts: Sequence[str]) -> list[list[int]]:
+    config = read_config(folder)
+    return tokenize(folder, prompts, config.vocab_size, getattr(config, "max_position_embeddings", 1 << 20))
 
 
 def _bound(source: AdapterSource, model: ModelFolder) -> BoundAdapter:

@@ -16,7 +16,6 @@ from loraplex.adapters.blend import Blend
 from loraplex.adapters.compare import Comparison, batches, compare
 from loraplex.adapters.errors import PreconditionError
 from loraplex.adapters.model_folder import ModelFolder
-from loraplex.adapters.prompts import tokenize
 from loraplex.adapters.streamed_model import StreamedModel
 from loraplex.adapters.unmerged import unmerged_model
 
@@ -26,16 +25,15 @@ def check_merged(
     blend: Blend,
     quantization: str | None,
     merged: Path,
-    prompts: Sequence[str],
+    prompts: Sequence[Sequence[int]],
     progress: Callable[[int, int], None],
 ) -> Comparison:
     """Return the difference of the model in the folder `merged` from `base` with `blend` unmerged.
 
-    `quantization` is how the base's weights are rounded, None if they are not; `prompts` are texts, or none for the
-    built-in ones; `progress` counts modules computed.
+    `quantization` is how the base's weights are rounded, None if they are not; `prompts` are token ids; `progress`
+    counts modules computed.
 
     Raises:
-        InvalidRequestError: the prompts cannot be used.
         PreconditionError: the model cannot be read, or transformers does not know it.
     """
     done = total = 0
@@ -48,11 +46,9 @@ def check_merged(
     written = ModelFolder.open(merged)
     after = StreamedModel(merged, _weights(written), on_module)
     before = unmerged_model(base, blend, quantization, on_module)
-    config = after.model.config
-    ids = tokenize(merged, prompts, config.vocab_size, getattr(config, "max_position_embeddings", 1 << 20))
-    total = len(batches(ids)) * (before.loads + after.loads)
+    total = len(batches(prompts)) * (before.loads + after.loads)
     try:
-        return compare(before.logits, after.logits, ids)
+        return compare(before.logits, after.logits, prompts)
     except KeyError as error:
         raise PreconditionError(f"the merged model cannot be checked: no weight {error} is stored") from error
 

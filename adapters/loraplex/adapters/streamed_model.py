@@ -65,16 +65,30 @@ def empty_model(folder: Path) -> Any:
         PreconditionError: if transformers does not know the model without code from elsewhere.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
+    config = read_config(folder)
+    # Weights come with the values that they stand for, whatever they are stored as.
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        # Weights come with the values that they stand for, whatever they are stored as.
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
         with init_empty_weights(include_buffers=False):
             build: Any = AutoModelForCausalLM.from_config
             model = build(config, dtype=torch.float32, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise PreconditionError(f"transformers cannot build the model in {folder}: {error!s:.300}") from error
     return model.eval()
+
+
+def read_config(folder: Path) -> Any:
+    """Return the config of the model in `folder` as transformers has it, defaults included.
+
+    Raises:
+        PreconditionError: if transformers does not know the model without code from elsewhere.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise PreconditionError(f"transformers cannot build the model in {folder}: {error!s:.300}") from error
