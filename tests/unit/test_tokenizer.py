@@ -125,10 +125,10 @@ def test_a_chat_ends_where_the_assistant_begins_and_has_its_control_tokens():
     assert ids.count(tiny_tokenizers.token_id(tokenizer, "<|im_start|>")) == 3
 
 
-def test_an_adapters_template_replaces_the_models_and_writes_bos_once():
+def test_what_a_template_wrote_gets_no_second_bos():
     tokenizer = tiny_tokenizers.byte_level()
-    ids = tokenizer.apply_chat_template(CHAT, "{{ bos_token }}{{ messages[-1]['content'] }} =>")
-    assert ids == tokenizer.encode("Hello, 你好! =>")
+    text = f"{tokenizer.special_tokens['bos_token']}Hello, 你好! =>"
+    assert tokenizer.encode_rendered(text) == tokenizer.encode("Hello, 你好! =>")
 
 
 def test_without_any_template_the_error_says_what_to_do():
@@ -136,7 +136,6 @@ def test_without_any_template_the_error_says_what_to_do():
     assert tokenizer.chat_template is None
     with pytest.raises(InvalidRequestError, match="no chat template; send text"):
         tokenizer.apply_chat_template(CHAT)
-    assert tokenizer.apply_chat_template(CHAT, "{{ messages[1]['content'] }}")
 
 
 @pytest.mark.parametrize(
@@ -151,16 +150,10 @@ def test_without_any_template_the_error_says_what_to_do():
 )
 def test_a_template_that_fails_is_the_requests_error(template, message):
     with pytest.raises(InvalidRequestError, match=message) as caught:
-        tiny_tokenizers.byte_level().apply_chat_template(CHAT, template)
+        Tokenizer(tiny_tokenizers.wrap(tiny_tokenizers.byte_level_fast(), chat_template=template)).apply_chat_template(
+            CHAT
+        )
     assert [violation.field for violation in caught.value.violations] == ["chat"]
-
-
-def test_an_adapters_template_may_not_run_for_ever():
-    tokenizer = tiny_tokenizers.byte_level()
-    endless = "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}"
-    with pytest.raises(InvalidRequestError, match="it was stopped"):
-        tokenizer.apply_chat_template(CHAT, endless)
-    tokenizer.close()
 
 
 def test_every_unknown_role_is_named():

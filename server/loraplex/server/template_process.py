@@ -1,10 +1,10 @@
 """`python -m loraplex.server.template_process`: renders chat templates that others wrote, told and telling JSON lines.
 
-Reads `{"template": ..., "messages": [...], "tokens": {...}}` from standard input and answers `{"text": ...}` or
-`{"error": ...}`, with `"stopped": true` where a limit was met, one after the other, until its input ends. A template is
-a program: each is rendered in a fork of this process that the system ends after a second or with too much memory,
-whatever it is doing. Jinja's sandbox bounds neither (one expression can take hours, or all memory). Knows nothing about
-tokenizers.
+Writes `{}` when it is ready. Then reads `{"template": ..., "messages": [...], "tokens": {...}}` from standard input
+and answers `{"text": ...}` or `{"error": ...}`, with `"stopped": true` where a limit was met, one after the other,
+until its input ends. A template is a program: each is rendered in a fork of this process that the system ends after a
+second or with too much memory, whatever it is doing. Jinja's sandbox bounds neither (one expression can take hours, or
+all memory). Knows nothing about tokenizers.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ def main() -> int:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever libraries print, the reader gets JSON alone
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
+    _write(out, b"{}")
     for line in sys.stdin.buffer:
         job = json.loads(line)
         child = os.fork()

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraplex.server.errors import FieldViolation, InvalidRequestError, ModelLoadError
-from loraplex.server.template_renderer import TemplateRenderer
 
 if TYPE_CHECKING:
     import tokenizers
@@ -35,7 +34,6 @@ class Tokenizer:
     def __init__(self, backend: PreTrainedTokenizerFast) -> None:
         """Wrap a tokenizer that transformers has made."""
         self._backend = backend
-        self._renderer = TemplateRenderer()
         self.fast: tokenizers.Tokenizer = backend.backend_tokenizer
         # A tokenizer.json may carry the truncation and padding of the training run.
         self.fast.no_truncation()
@@ -76,10 +74,19 @@ class Tokenizer:
         template = self._backend.chat_template
         return template.get("default") if isinstance(template, dict) else template
 
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """The special tokens by name (`bos_token`), as chat templates use them."""
+        return dict(self._backend.special_tokens_map)
+
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a prompt, with the tokens that this tokenizer puts around one (such as BOS)."""
         # Not through transformers: it sets truncation and padding anew on the shared tokenizer at every call.
         return self.fast.encode(text, add_special_tokens=True).ids
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """Return the token ids of what a chat template wrote, which has BOS and the like in it already."""
+        return self.fast.encode(text, add_special_tokens=False).ids
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Return the text of `token_ids`: U+FFFD where bytes are no UTF-8, nothing for ids that no token has."""
@@ -89,46 +96,39 @@ class Tokenizer:
         """Whether `decode` takes note of this token: it is in the vocabulary, and not a special one."""
         return token_id not in self._special_ids and self.fast.id_to_token(token_id) is not None
 
-    def apply_chat_template(self, messages: Sequence[tuple[str, str]], chat_template: str | None = None) -> list[int]:
-        """Return the token ids of a chat up to where the assistant's next turn begins.
+    def apply_chat_template(self, messages: Sequence[tuple[str, str]]) -> list[int]:
+        """Return the token ids that the model's own template, which the operator chose, makes of a chat.
 
-        Args:
-            messages: (role, content) pairs.
-            chat_template: Jinja source (an adapter's own), rendered in a process of its own within limits; None means
-                the model's, which the operator chose.
+        They end where the assistant's next turn begins. `messages` are (role, content) pairs.
 
         Raises:
-            InvalidRequestError: for no messages, an unknown role, no template, or a template that fails, refuses
-                these messages or takes too long.
-            ResourceExhaustedError: other adapters' templates take too long.
+            InvalidRequestError: for no messages, an unknown role, no template, or one that fails or refuses these
+                messages.
         """
-        _check_messages(messages)
-        template = chat_template if chat_template is not None else self.chat_template
-        if template is None:
+        turns = chat_turns(messages)
+        if self.chat_template is None:
             raise InvalidRequestError.of(
                 "chat", "the model has no chat template; send text, or select an adapter that brings a template"
             )
-        turns = [{"role": role, "content": content} for role, content in messages]
-        if chat_template is not None:
-            text = self._renderer.render(chat_template, turns, self._backend.special_tokens_map)
-        else:
-            text = self._apply_own_template(turns)
-        # The template writes BOS and the like itself.
-        return self.fast.encode(text, add_special_tokens=False).ids
-
-    def close(self) -> None:
-        """End the process that renders adapters' templates."""
-        self._renderer.close()
-
-    def _apply_own_template(self, turns: list[dict[str, str]]) -> str:
         try:
-            return str(
+            text = str(
                 self._backend.apply_chat_template(
                     turns, chat_template=self.chat_template, add_generation_prompt=True, tokenize=False
                 )
             )
         except Exception as error:  # a template can raise anything
             raise InvalidRequestError.of("chat", f"the chat template does not take this chat: {error}") from error
+        return self.encode_rendered(text)
+
+
+def chat_turns(messages: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
+    """Return (role, content) pairs as chat templates take them.
+
+    Raises:
+        InvalidRequestError: for no messages or an unknown role.
+    """
+    _check_messages(messages)
+    return [{"role": role, "content": content} for role, content in messages]
 
 
 def _load_backend(path: Path) -> Any:

@@ -27,7 +27,8 @@ from loraplex.server.errors import InvalidRequestError
 from loraplex.server.rpc.adapter_use import adapter_use
 from loraplex.server.rpc.interceptors import ADAPTER_DIGEST_KEY, REQUEST_ID_KEY, current_request_id
 from loraplex.server.rpc.sampling import sampling_params
-from loraplex.server.tokenizer import Tokenizer
+from loraplex.server.template_queue import TemplateQueue
+from loraplex.server.tokenizer import Tokenizer, chat_turns
 from loraplex.v1 import generation_pb2 as pb
 from loraplex.v1 import generation_pb2_grpc
 
@@ -54,12 +55,14 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         engine: EngineClient,
         registry: AdapterRegistry,
         tokenizer: Tokenizer,
+        templates: TemplateQueue,
         limits: ModelLimits,
         executor: Executor,
     ) -> None:
         self._engine = engine
         self._registry = registry
         self._tokenizer = tokenizer
+        self._templates = templates
         self._limits = limits
         self._executor = executor
 
@@ -101,8 +104,9 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             record = await stack.enter_async_context(self._use(name, _routing_key(message))) if name else None
             if record is not None:
                 stack.callback(self._forget_unnamed, record.digest)
+            chat = await self._rendered(message, record) if record else None
             request = await loop.run_in_executor(
-                self._executor, self._request, message, record, deadline, current_request_id.get()
+                self._executor, self._request, message, record, chat, deadline, current_request_id.get()
             )
             digest = (ADAPTER_DIGEST_KEY, request.acting_digest or "")
             context.set_trailing_metadata(((REQUEST_ID_KEY, request.request_id), digest))
@@ -126,10 +130,26 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         if digest not in self._registry.digests:
             self._engine.forget(digest)
 
+    async def _rendered(self, message: pb.GenerateRequest, record: AdapterRecord) -> str | None:
+        """Return the chat as the adapter's own template writes it, if it has one and there is a chat."""
+        if not record.has_chat_template or message.WhichOneof("prompt") != "chat":
+            return None
+        turns = chat_turns(_messages(message))
+        loop = asyncio.get_running_loop()
+        template = await loop.run_in_executor(self._executor, self._registry.chat_template, record.digest)
+        if template is None:
+            return None
+        return await self._templates.render(template, turns, self._tokenizer.special_tokens)
+
     def _request(
-        self, message: pb.GenerateRequest, record: AdapterRecord | None, deadline: float | None, request_id: str
+        self,
+        message: pb.GenerateRequest,
+        record: AdapterRecord | None,
+        chat: str | None,
+        deadline: float | None,
+        request_id: str,
     ) -> GenerationRequest:
-        tokens = self._prompt(message, record)
+        tokens = self._prompt(message, chat)
         traits = record.traits if record else AdapterTraits()
         room = self._limits.max_model_len - len(tokens)
         request = GenerationRequest(
@@ -147,14 +167,14 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         # Not before: a prompt that is too long is not searched.
         return replace(request, adapter_start=traits.start_in(request.prompt_token_ids))
 
-    def _prompt(self, message: pb.GenerateRequest, record: AdapterRecord | None) -> list[int]:
+    def _prompt(self, message: pb.GenerateRequest, chat: str | None) -> list[int]:
         match message.WhichOneof("prompt"):
             case "text":
                 return self._tokenizer.encode(message.text) if message.text else []
             case "chat":
-                messages = [(m.role, m.content) for m in message.chat.messages]
-                template = self._registry.chat_template(record.digest) if record else None
-                return self._tokenizer.apply_chat_template(messages, template)
+                if chat is not None:
+                    return self._tokenizer.encode_rendered(chat)
+                return self._tokenizer.apply_chat_template(_messages(message))
             case "tokens":
                 return list(message.tokens.token_ids)
             case _:
@@ -185,6 +205,10 @@ def _adapter_name(message: pb.GenerateRequest) -> str:
     if len(message.adapters) > 1:
         raise InvalidRequestError.of("adapters", "blends are not supported yet: name one adapter")
     return message.adapters[0].name if message.adapters else ""
+
+
+def _messages(message: pb.GenerateRequest) -> list[tuple[str, str]]:
+    return [(m.role, m.content) for m in message.chat.messages]
 
 
 def _routing_key(message: pb.GenerateRequest) -> str:

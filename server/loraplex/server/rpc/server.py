@@ -35,6 +35,8 @@ from loraplex.server.rpc.interceptors import CallInterceptor
 from loraplex.server.rpc.merge_runner import THREADS
 from loraplex.server.rpc.server_info import ServerServicer, server_info
 from loraplex.server.speed import SpeedSettings
+from loraplex.server.template_queue import TemplateQueue
+from loraplex.server.template_renderer import TemplateRenderer
 from loraplex.server.tokenizer import Tokenizer
 from loraplex.v1 import (
     adapter_pb2,
@@ -218,7 +220,8 @@ async def _assemble(
     """Load the model, put every service on `grpc_server` and start the engine; `cleanup` learns how to undo it."""
     model = await asyncio.to_thread(load_model_and_threads, config)
     tokenizer = await asyncio.to_thread(Tokenizer.load, model.path)
-    cleanup.callback(tokenizer.close)
+    templates = TemplateQueue(TemplateRenderer())
+    cleanup.push_async_callback(templates.close)
     limits = engine_limits(model, config.engine)
     registry = await asyncio.to_thread(_open_registry, config, model, cleanup)
     engine = EngineClient(
@@ -230,13 +233,14 @@ async def _assemble(
     metrics.set_max_rows(config.engine.max_num_seqs)
     metrics.set_model(_model_labels(config, model))
     # Three pools, so that a request never waits behind administration, nor that behind a slow source; matrix products
-    # have their own threads. More for sources than are read at once: the others check what was read, or refuse.
+    # and adapters' chat templates have their own threads. More for sources than are read at once: the others check what
+    # was read, or refuse.
     admission = _executor("admission", cleanup)
     administration = _executor("administration", cleanup)
     model_limits = ModelLimits(model.vocab_size, limits.max_model_len)
     health = HealthServicer()
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(
-        GenerationServicer(engine, registry, tokenizer, model_limits, admission), grpc_server
+        GenerationServicer(engine, registry, tokenizer, templates, model_limits, admission), grpc_server
     )
     fetching = _executor("fetching", cleanup, 2 * MAX_FETCHES)
     adapters = AdapterServicer(registry, engine, metrics, model.vocab_size, administration, fetching)
