@@ -267,6 +267,31 @@ def test_hanging_drivers_are_counted_and_a_caller_may_give_up(hub: type[Hub], tm
     assert (tmp_path / "target" / "adapter_config.json").is_file()
 
 
+def test_a_driver_that_exits_has_not_read_all(hub: type[Hub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def leave(self: Hub, path: str, *args: Any) -> None:
+        raise SystemExit("no credentials")
+
+    monkeypatch.setattr(hub, "open", leave)
+    with pytest.raises(SourceError, match="SystemExit: no credentials"):
+        Fetcher(1 << 20, timeout_s=60).fetch("hf://org/repo", tmp_path, threading.Event())
+
+
+def test_a_thread_that_cannot_start_holds_no_place(
+    hub: type[Hub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    fetcher = Fetcher(1 << 20, timeout_s=60)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        for _ in range(MAX_DRIVERS):
+            with pytest.raises(RuntimeError, match="new thread"):
+                fetcher.fetch("hf://org/repo", tmp_path, threading.Event())
+    fetcher.fetch("hf://org/repo", tmp_path, threading.Event())
+    assert (tmp_path / "adapter_config.json").is_file()
+
+
 def test_what_a_driver_says_is_passed_on(hub: type[Hub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(self: Hub, path: str, *args: Any) -> None:
         raise PermissionError("the token has expired")

@@ -57,7 +57,7 @@ class Fetcher:
             self._fetches.release()
 
     def _fetch(self, url: str, target: Path, cancelled: threading.Event) -> None:
-        failure: list[Exception] = []
+        failure: list[BaseException] = []
         deadline = time.monotonic() + self._timeout_s
 
         def check() -> None:
@@ -69,7 +69,7 @@ class Fetcher:
         def run() -> None:
             try:
                 _read_all(_file_system(url), url, target, self._max_bytes, check)
-            except Exception as error:
+            except BaseException as error:  # a driver's SystemExit, too, means that not all was read
                 failure.append(error)
             finally:
                 self._drivers.release()
@@ -79,7 +79,11 @@ class Fetcher:
         # On a thread that may be left behind: nothing ends a driver that hangs, but it has lost its folder and its
         # caller, and such threads are counted.
         thread = threading.Thread(target=run, name="fetch", daemon=True)
-        thread.start()
+        try:
+            thread.start()
+        except BaseException:
+            self._drivers.release()
+            raise
         while thread.is_alive():
             thread.join(min(_LOOK_EVERY_S, self._timeout_s))
             if thread.is_alive():
