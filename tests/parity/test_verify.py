@@ -13,7 +13,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from loraplex.adapters import reference
+from loraplex.adapters import merge, reference
 from loraplex.adapters.verify import (
     LOGITS,
     LOGPROBS,
@@ -167,3 +167,13 @@ def test_an_alora_is_compared_without_a_merged_model(tmp_path: Path) -> None:
     assert "aLoRA" in found.not_merged
     (pair,) = found.pairs
     assert pair.max_difference < 1e-5
+
+
+def test_a_full_disk_keeps_what_is_compared_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = make_base(tmp_path / "base", "llama")
+    adapter = make_adapter(base, tmp_path / "adapter", ["q_proj"])
+    monkeypatch.setattr(merge, "free_bytes", lambda folder: 1000)
+    answer = ServedAnswer((3, 7), (ServedPosition(9, ((9, -0.5), (4, -2.0))),))
+    found = verify(VerifyJob(base, adapter, None, (answer,), tmp_path), lambda *step: None)
+    assert [pair.pair for pair in found.pairs] == ["PEFT and server"]
+    assert "bytes" in found.not_merged

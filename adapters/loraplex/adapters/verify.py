@@ -17,7 +17,7 @@ import torch
 
 from loraplex.adapters import reference
 from loraplex.adapters.compare import Difference
-from loraplex.adapters.errors import PreconditionError
+from loraplex.adapters.errors import LoraplexError, PreconditionError
 from loraplex.adapters.merge import AdapterSource, MergeOptions, merge_adapters
 from loraplex.adapters.merge_plan import MergeBase
 
@@ -136,7 +136,7 @@ def verify(job: VerifyJob, progress: Callable[[str, int, int], None]) -> Verifie
     served = served_difference("PEFT and server", job.answers, unmerged)
     try:
         merge_adapters(job.model, [AdapterSource(job.adapter)], output, options, progress)
-    except PreconditionError as error:
+    except LoraplexError as error:  # a full disk, too: what is compared already is worth telling
         return Verified((served,), str(error))
     merged = _all_logits(reference.plain_model(output), job.answers, lambda *done: progress("merged", *done))
     return Verified(
