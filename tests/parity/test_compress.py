@@ -142,6 +142,8 @@ def test_what_cannot_be_compressed_is_named(tmp_path: Path) -> None:
     refused("does not fit the other adapters'", plain, other)
     with pytest.raises(AlreadyExistsError):
         compress_adapters([(plain, 1.0)], tmp_path / "plain", Budget(rank=1))
+    with pytest.raises(InvalidRequestError, match="unfinished"):
+        compress_adapters([(plain, 1.0)], tmp_path / f".mine.{'0' * 32}.partial", Budget(rank=1))
     with pytest.raises(InvalidRequestError, match="scale"):
         compress_adapters([(plain, float("nan"))], tmp_path / "out", Budget(rank=1))
 
@@ -175,6 +177,9 @@ def test_the_command_tells_what_is_lost(tmp_path: Path) -> None:
     shown = runner.invoke(app, [*arguments, str(tmp_path / "c")])
     assert f"{report.relative_error:.3%} of the whole update is lost" in shown.stdout
     assert runner.invoke(app, ["adapter", "compress", str(source), "--output", str(tmp_path / "d")]).exit_code == 2
+    absent = ["adapter", "compress", str(tmp_path / "absent"), "--rank", "2"]
+    assert runner.invoke(app, [*absent, "--output", str(tmp_path / "e" / "f")]).exit_code == 1
+    assert not (tmp_path / "e").exists()
 
 
 def as_json(report: CompressReport) -> dict[str, Any]:

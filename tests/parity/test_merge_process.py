@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from loraplex.adapters.disk import partial_folder
+from loraplex.adapters.disk import parents_made, partial_folder
 from loraplex.adapters.merge import MergeOptions
 from loraplex.adapters.merge_job import MergeJob, MergeReport
 from loraplex.adapters.merge_methods import MergeMethod, Mixing
@@ -129,6 +129,28 @@ def test_only_what_a_merge_left_is_removed(tmp_path: Path) -> None:
         pass
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, "outside", link.name])
     assert (outside / "precious").is_dir()
+
+
+def test_folders_made_for_a_refused_output_go_again(tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    target = tmp_path / "kept" / "new" / "newer" / "merged"
+
+    def fail(beside: str = "") -> None:
+        with parents_made(target):
+            assert target.parent.is_dir()
+            if beside:
+                (tmp_path / "kept" / "new" / beside).touch()
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        fail()
+    assert not list((tmp_path / "kept").iterdir())
+    with pytest.raises(InterruptedError):
+        fail(beside="another's")
+    assert [path.name for path in (tmp_path / "kept" / "new").iterdir()] == ["another's"]
+    with parents_made(target):
+        target.mkdir()
+    assert target.is_dir()
 
 
 @pytest.mark.slow

@@ -201,6 +201,7 @@ def test_speed_that_cannot_be_measured_fails_the_merge(tmp_path: Path, does: str
         ({"mixing": Mixing(density=0.5)}, "density"),
         ({"mixing": Mixing(seed=1)}, "seed"),
         ({"output": Path("absent/folder/merged")}, "output"),
+        ({"output": Path(f".mine.{'0' * 32}.partial")}, "unfinished"),
     ],
 )
 def test_arguments_that_make_no_sense(tmp_path: Path, arguments: dict[str, Any], field: str) -> None:

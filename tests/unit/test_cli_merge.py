@@ -92,7 +92,7 @@ def test_merge_several_here(run: Run, tmp_path: Path) -> None:
     assert len(told["adapter_digests"]) == 2
     merged = load_file(tmp_path / "m" / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"]
     assert torch.equal(merged, torch.ones(4, 4))
-    refused = run(*arguments, "--output", tmp_path / "n", "--method", "ties", "--density", "2")
+    refused = run(*arguments, "--output", tmp_path / "made" / "n", "--method", "ties", "--density", "2")
     assert (refused.exit_code, "density" in refused.stderr) == (1, True)
     # A model without a tokenizer cannot be compared on texts.
     refused = run(*arguments, "--output", tmp_path / "n", "--prompts", tmp_path / "prompts")
@@ -100,3 +100,4 @@ def test_merge_several_here(run: Run, tmp_path: Path) -> None:
     too_far = run("merge", "--model", base, "--adapter", adapter, "--output", tmp_path / "n", "--max-mean-kl", "-1")
     assert (too_far.exit_code, "max_mean_kl" in too_far.stderr) == (1, True)
     assert not (tmp_path / "n").exists()
+    assert not (tmp_path / "made").exists()

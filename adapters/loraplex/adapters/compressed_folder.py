@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from loraplex.adapters.compress import Budget, Compressed, Factors, compress, total_error
-from loraplex.adapters.disk import disk_full_is_typed, move_folder, partial_folder, sync_folder
-from loraplex.adapters.errors import AdapterFormatError, AlreadyExistsError, FieldViolation, InvalidRequestError
+from loraplex.adapters.disk import check_new_folder, disk_full_is_typed, move_folder, partial_folder, sync_folder
+from loraplex.adapters.errors import AdapterFormatError, FieldViolation, InvalidRequestError
 from loraplex.adapters.folder import CONFIG_FILE, TEMPLATE_FILE, WEIGHTS_FILE
 from loraplex.adapters.formats import Adapter, read_adapter
 from loraplex.adapters.merge_methods import weight_violations
@@ -53,7 +52,7 @@ def compress_adapters(
     Its weights have `dtype`, or that of the first source. A module that some sources lack comes from the others.
 
     Raises:
-        InvalidRequestError: the budget, a weight or the dtype makes no sense.
+        InvalidRequestError: the budget, a weight, the dtype or the output's name makes no sense.
         AlreadyExistsError: `output` exists.
         AdapterFormatError: a folder holds no adapter, or one that is more than A and B; says what.
         PreconditionError: a module's sum is too large, by itself or for the dtype.
@@ -65,8 +64,7 @@ def compress_adapters(
         violations.append(FieldViolation("dtype", f"must be one of {', '.join(map(str, DTYPES))}, not {dtype}"))
     if violations:
         raise InvalidRequestError(violations)
-    if os.path.lexists(output):
-        raise AlreadyExistsError(f"{output} exists; choose another output folder")
+    check_new_folder(output)
     adapters = [read_adapter(folder) for folder, _ in sources]
     _check_plain(adapters)
     weights = [weight for _, weight in sources]

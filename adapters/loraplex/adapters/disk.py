@@ -9,11 +9,11 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from loraplex.adapters.errors import PreconditionError, ResourceExhaustedError
+from loraplex.adapters.errors import AlreadyExistsError, InvalidRequestError, PreconditionError, ResourceExhaustedError
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _PARTIAL = re.compile(r"\..+\.[0-9a-f]{32}\.partial")
@@ -37,6 +37,37 @@ def removed_at_exit(folder: Path) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_new_folder(folder: Path) -> None:
+    """Check that `folder` can be what `partial_folder` fills.
+
+    Raises:
+        InvalidRequestError: its name is that of a folder left by a killed process, which the next one would remove.
+        AlreadyExistsError: it exists.
+    """
+    if _PARTIAL.fullmatch(folder.name):
+        raise InvalidRequestError.of("output", f"{folder.name} is named like an unfinished folder: choose another name")
+    if os.path.lexists(folder):
+        raise AlreadyExistsError(f"{folder} exists; choose another output folder")
+
+
+@contextmanager
+def parents_made(folder: Path) -> Iterator[None]:
+    """Make the folders above `folder` that are not there; remove them again if the block fails and they are empty.
+
+    Raises:
+        OSError: if one cannot be made.
+    """
+    missing = [parent for parent in folder.parents if not parent.exists()]
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for parent in missing:
+            with suppress(OSError):
+                parent.rmdir()
+        raise
 
 
 @contextmanager

@@ -12,7 +12,6 @@ have no exact form in fewer bits: only then the merged model has the same weight
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +21,14 @@ import torch
 from loraplex.adapters.binding import BoundAdapter, bind
 from loraplex.adapters.blend import Blend, WeightedAdapter
 from loraplex.adapters.compare import Comparison
-from loraplex.adapters.disk import disk_full_is_typed, free_bytes, move_folder, partial_folder, sync_folder
+from loraplex.adapters.disk import (
+    check_new_folder,
+    disk_full_is_typed,
+    free_bytes,
+    move_folder,
+    partial_folder,
+    sync_folder,
+)
 from loraplex.adapters.errors import (
     AlreadyExistsError,
     FieldViolation,
@@ -244,8 +250,7 @@ def _check_arguments(output: Path, adapters: Sequence[AdapterSource], options: M
     ]
     if violations:
         raise InvalidRequestError(violations)
-    if os.path.lexists(output):
-        raise AlreadyExistsError(f"{output} exists; choose another output folder")
+    check_new_folder(output)
     if not output.parent.is_dir():
         raise InvalidRequestError.of("output", f"{output.parent} is not a folder")
 

@@ -35,18 +35,19 @@ def compress(
 
     from loraplex.adapters.compress import Budget
     from loraplex.adapters.compressed_folder import compress_adapters
+    from loraplex.adapters.disk import parents_made
     from loraplex.cli.output import print_json, to_stdout
 
     if rank is None and energy is None:
         raise typer.BadParameter("give a rank, an energy, or both", param_hint="--rank")
     weights = parse_weights(adapters, "ADAPTERS")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    report = compress_adapters(
-        [(Path(folder), weight) for folder, weight in weights.items()],
-        output,
-        Budget(rank, energy),
-        getattr(torch, dtype) if dtype else None,
-    )
+    with parents_made(output):
+        report = compress_adapters(
+            [(Path(folder), weight) for folder, weight in weights.items()],
+            output,
+            Budget(rank, energy),
+            getattr(torch, dtype) if dtype else None,
+        )
     if as_json:
         print_json(report)
         return

@@ -34,6 +34,7 @@ def merge_here(
         LoraplexError: what `merge_adapters` raises.
         ModelLoadError: there is no such model.
     """
+    from loraplex.adapters.disk import parents_made
     from loraplex.adapters.merge import AdapterSource, MergeOptions, merge_adapters
     from loraplex.adapters.merge_methods import MergeMethod, Mixing
     from loraplex.adapters.merge_plan import MergeBase
@@ -52,9 +53,8 @@ def merge_here(
         **chosen,
     )
     folder = resolve_model(model)
-    output.parent.mkdir(parents=True, exist_ok=True)
     sources = [AdapterSource(Path(adapter), weight) for adapter, weight in weights.items()]
-    with sigterm_raises(), progress_bar("merging") as (bar, task):
+    with sigterm_raises(), parents_made(output), progress_bar("merging") as (bar, task):
         result = merge_adapters(
             folder,
             sources,
