@@ -26,6 +26,7 @@ from loraplex.adapters.formats import read_adapter
 from loraplex.adapters.merge_methods import MergeMethod, Mixing
 from loraplex.adapters.merge_plan import MergeBase
 from loraplex.adapters.model_folder import ModelFolder
+from loraplex.adapters.speed_command import SpeedJob, measure_speed
 from tests.parity.merge_models import make_adapter, make_base, merge_adapter
 
 
@@ -184,6 +185,12 @@ def test_speed_that_cannot_be_measured_fails_the_merge(tmp_path: Path, does: str
     bound = bind(read_adapter(adapter), ModelFolder.open(base).base_model())
     with pytest.raises(InvalidRequestError, match="measure_speed"):
         merge_adapter(base, bound, tmp_path / "other", speed_command=command("measures"))
+
+
+def test_a_program_that_dies_before_it_reads_tells_its_status(tmp_path: Path) -> None:
+    job = SpeedJob(tmp_path, tmp_path, 1.0, tmp_path, ["more than a pipe holds " * 10_000])
+    with pytest.raises(PreconditionError, match="without a word, with status 3"):
+        measure_speed((sys.executable, "-c", "raise SystemExit(3)"), job, lambda done, total: None)
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,16 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from loraplex.adapters.child import send_job
 from loraplex.adapters.errors import PreconditionError
+
+_LEAVE_S = 10.0
+"""How long a process that has closed its output may take to end by itself."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +66,7 @@ def measure_speed(
     assert process.stdout is not None
     with process:
         try:
-            json.dump(job.to_json(), process.stdin)
-            process.stdin.close()
+            send_job(process.stdin, job.to_json())
             for line in process.stdout:
                 event = json.loads(line)
                 if "error" in event:
@@ -72,9 +76,14 @@ def measure_speed(
                 if "speed" in event:
                     return tuple(SpeedFigures(**figures) for figures in event["speed"])
                 progress(event["done"], event["total"])
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_LEAVE_S)
         finally:
             process.kill()
-    raise PreconditionError("the speed cannot be measured: its process ended without a word; merge without measuring")
+    raise PreconditionError(
+        f"the speed cannot be measured: its process ended without a word, with status {process.returncode}; merge "
+        "without measuring"
+    )
 
 
 def figures_as_json(figures: Sequence[SpeedFigures]) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from loraplex.adapters.child import send_job
 from loraplex.adapters.errors import InvalidRequestError, PreconditionError
 from loraplex.adapters.prompts import tokenize
 from loraplex.adapters.verify import PairDifference, ServedAnswer, ServedPosition, Verified, VerifyJob
@@ -161,8 +162,7 @@ def _compare(job: VerifyJob) -> Verified:
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            process.stdin.write(json.dumps(job.to_json()))
-            process.stdin.close()
+            send_job(process.stdin, job.to_json())
             for line in process.stdout:
                 event = json.loads(line)
                 if "error" in event:
