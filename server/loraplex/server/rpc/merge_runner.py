@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 from dataclasses import dataclass
 
 from loraplex.adapters.merge_job import MergeJob, MergeReport
@@ -24,6 +25,8 @@ from loraplex.server.errors import (
 
 # One thread and a low priority: two threads that give way wait for each other, and the server's wait for them.
 THREADS = 1
+LEAVE_S = 10.0
+"""How long a process that has said its last word may take to end by itself."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +58,13 @@ async def run_merge(job: MergeJob) -> AsyncGenerator[MergeStep | MergeReport, No
     )
     assert process.stdin is not None
     assert process.stdout is not None
-    reported = False
+    reported = last_word = False
     try:
         process.stdin.write(json.dumps(job.to_json()).encode())
         process.stdin.close()
         async for line in process.stdout:
             event = json.loads(line)
+            last_word = "error" in event or "report" in event
             if "error" in event:
                 raise _error(event["error"], event["message"])
             if "report" in event:
@@ -71,6 +75,10 @@ async def run_merge(job: MergeJob) -> AsyncGenerator[MergeStep | MergeReport, No
         if await process.wait() != 0 or not reported:
             raise EngineError(f"the merge process ended with status {process.returncode}; the server's log has more")
     finally:
+        if last_word:
+            # asyncio takes a signal to a process that has just ended for a lost exit status, and warns.
+            with suppress(TimeoutError):
+                await asyncio.wait_for(process.wait(), LEAVE_S)
         if process.returncode is None:
             # SIGTERM, not SIGKILL: the process removes its half-written folder.
             process.terminate()
