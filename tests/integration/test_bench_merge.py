@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from loraplex.bench.merge_cost import until_tidy
 from loraplex.cli.main import app
+
+
+async def test_a_merge_that_was_left_is_waited_for(tmp_path: Path) -> None:
+    (tmp_path / ".merged-1.partial").mkdir()
+    waiting = asyncio.create_task(until_tidy(tmp_path))
+    await asyncio.sleep(0.1)
+    assert not waiting.done()
+    (tmp_path / ".merged-1.partial").rmdir()
+    await waiting
 
 
 @pytest.mark.slow

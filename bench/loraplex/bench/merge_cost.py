@@ -24,6 +24,7 @@ from loraplex.bench.w16 import workload_of
 from loraplex.client import AsyncClient
 
 WARM_UP_TOKENS = 8
+TIDY_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ async def measure(
         merging.cancel()
         with suppress(asyncio.CancelledError):
             await merging
+        await merges.left()
         cost.left += 1
     return cost
 
@@ -112,6 +114,7 @@ class _Merges:
         self._bench = bench
         self._cost = cost
         self._count = 0
+        self._root = Path()
         self.begun = asyncio.Event()
 
     async def begin(self, merging: asyncio.Task[None]) -> None:
@@ -126,6 +129,10 @@ class _Merges:
         while True:
             self._cost.busy_merge_s.append(await self.once())
 
+    async def left(self) -> None:
+        """Wait until the merge that was left has gone: it would take processor time from the load that comes next."""
+        await until_tidy(self._root)
+
     async def once(self) -> float:
         """Merge once; return its seconds."""
         self._count += 1
@@ -138,8 +145,20 @@ class _Merges:
         seconds = time.perf_counter() - started
         assert done.comparison is not None
         self._cost.mean_kl = done.comparison.mean_kl
+        self._root = Path(done.output_path).parent
         await asyncio.to_thread(shutil.rmtree, Path(done.output_path))
         return seconds
+
+
+async def until_tidy(root: Path) -> None:
+    """Wait until no merge has an unfinished folder in `root`.
+
+    Raises:
+        TimeoutError: if one stays.
+    """
+    async with asyncio.timeout(TIDY_S):
+        while any(root.glob(".*.partial")):
+            await asyncio.sleep(0.05)
 
 
 def cost_table(cost: MergeCost) -> Table:
