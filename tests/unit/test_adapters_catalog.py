@@ -85,6 +85,7 @@ def test_a_catalog_that_was_not_finished_is_made_anew(tmp_path: Path, url: str) 
         connection.executescript(FORMAT_1[: FORMAT_1.index("CREATE TABLE versions")])
     catalog = Catalog(url)
     catalog.publish("a", Metadata(), version("sha256:1"))
+    assert set(catalog.read().names) == {"a"}
     catalog.close()
 
 
