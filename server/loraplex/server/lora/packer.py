@@ -14,8 +14,10 @@ import torch
 from loraplex.adapters.binding import BoundAdapter
 from loraplex.server.lora.base import BaseParameters
 from loraplex.server.lora.finite import refuse_not_finite
-from loraplex.server.lora.packing import pack_adapter
+from loraplex.server.lora.packing import pack_adapter, packed_memory
 from loraplex.server.lora.weights import LinearSite, PackedAdapter, SliceWeights
+
+_HOST = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class _Plan:
         return cls(tuple(map(_slices, packed.sites, sites)), packed.nbytes, packed.rank)
 
     def pack(self, bound: BoundAdapter, dtype: torch.dtype, pinned: bool) -> PackedAdapter:
-        memory = torch.zeros(self.nbytes, dtype=torch.uint8, pin_memory=pinned)
+        memory = packed_memory(self.nbytes, _HOST, pinned=pinned)
         elements = memory.view(dtype)
         sites = tuple(tuple(each.fill(bound, elements) for each in slices) for slices in self.sites)
         return PackedAdapter(bound.digest, sites, self.nbytes, self.rank, memory)
@@ -82,8 +84,7 @@ class Packer:
         plan = self._plans.get(bound.layout) if bound.layout is not None else None
         if plan is not None:
             return plan.pack(bound, self._dtype, self._pinned)
-        host = torch.device("cpu")
-        packed = pack_adapter(bound, self._sites, self._dtype, host, self._base, pinned=self._pinned)
+        packed = pack_adapter(bound, self._sites, self._dtype, _HOST, self._base, pinned=self._pinned)
         if bound.layout is not None:
             self._plans[bound.layout] = _Plan.of(packed, self._sites)
         return packed

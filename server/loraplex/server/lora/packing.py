@@ -17,6 +17,7 @@ from loraplex.server.lora.embedding_packing import EmbeddingPacker
 from loraplex.server.lora.norm_packing import changed_norms
 from loraplex.server.lora.site_packing import SitePacker
 from loraplex.server.lora.weights import LinearSite, PackedAdapter
+from loraplex.server.native.pages import zeros_on_huge_pages
 
 
 def pack_adapter(
@@ -39,8 +40,7 @@ def pack_adapter(
             do not fit there, or if it is no plain LoRA and there is no `base`.
     """
     packing = _Packing(bound, sites, dtype, base)
-    memory = torch.zeros(packing.nbytes, dtype=torch.uint8, device=device, pin_memory=pinned)
-    return packing.into(memory)
+    return packing.into(packed_memory(packing.nbytes, device, pinned=pinned))
 
 
 def packed_nbytes(
@@ -52,6 +52,13 @@ def packed_nbytes(
         ValueError: as `pack_adapter` does.
     """
     return _Packing(bound, sites, dtype, base).nbytes
+
+
+def packed_memory(nbytes: int, device: torch.device, *, pinned: bool) -> torch.Tensor:
+    """Return (nbytes,) uint8 zeros for an adapter: on huge pages for a CPU to read, or pinned for a GPU."""
+    if device.type == "cpu" and not pinned:
+        return zeros_on_huge_pages(nbytes)
+    return torch.zeros(nbytes, dtype=torch.uint8, device=device, pin_memory=pinned)
 
 
 class _Packing:

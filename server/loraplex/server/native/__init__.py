@@ -1,1 +1,1 @@
-"""What the CPU kernels share: raw memory inside Numba code, and the threads that run it."""
+"""What the CPU kernels share: raw memory inside Numba code, the threads that run it, and where weights lie."""

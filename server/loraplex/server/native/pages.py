@@ -1,0 +1,33 @@
+"""Memory on huge pages, for what is read from end to end again and again.
+
+A read of memory that is in no cache first needs its page's address translated. With pages of 2 MiB instead of 4 KiB all
+of an adapter's translations stay known; on a virtual machine, where each takes two walks, one thread reads nearly twice
+as fast. Linux gives such pages to who asks for them, where it has any; elsewhere this is memory like any other.
+"""
+
+from __future__ import annotations
+
+import mmap
+
+import torch
+
+HUGE_PAGE_BYTES = 2 << 20
+
+
+def zeros_on_huge_pages(nbytes: int) -> torch.Tensor:
+    """Return (nbytes,) uint8 zeros that begin at a huge page; their memory goes back to the system with the tensor.
+
+    Only whole huge pages are asked for and the rest is on small ones, so that no more memory is used than `nbytes`.
+    """
+    whole = nbytes // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
+    if not whole or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.zeros(nbytes, dtype=torch.uint8)
+    # Memory that was in use before keeps its small pages, hence a mapping of its own instead of the allocator's.
+    mapping = mmap.mmap(-1, nbytes + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    everything = torch.frombuffer(mapping, dtype=torch.uint8)
+    start = -everything.data_ptr() % HUGE_PAGE_BYTES
+    try:
+        mapping.madvise(mmap.MADV_HUGEPAGE, start, whole)
+    except OSError:  # a kernel built without huge pages
+        return torch.zeros(nbytes, dtype=torch.uint8)
+    return everything[start : start + nbytes]
