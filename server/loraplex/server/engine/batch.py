@@ -23,7 +23,9 @@ class Batch:
         block_tables: (B, max_blocks) int32, unused entries are 0.
         logits_indices: (L,) int64, the tokens whose logits are wanted.
     `num_decodes` rows at the front have exactly one token. All on the CPU for a CPU model, else on the device;
-    `query_lens_cpu` and `context_lens_cpu` are always plain numbers.
+    `query_lens_cpu` and `context_lens_cpu` are always plain numbers. In a step that is captured for replays the tensors
+    change from one replay to the next, and `context_lens_cpu` holds the longest contexts that may come: a GPU's code
+    sizes its launches by the numbers and computes by the tensors.
     """
 
     token_ids: torch.Tensor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -53,6 +53,35 @@ class LoraOps(Protocol):
 
         Raises:
             ValueError: if shapes, strides or dtypes are not as above or a segment lies outside T.
+        """
+        ...
+
+
+@runtime_checkable
+class StaticLoraOps(LoraOps, Protocol):
+    """An operator whose launches can be captured in a graph and replayed for other segments.
+
+    What `add` launches with a reserved `prepared` follows from what was reserved alone: grids cover all that may come,
+    and which token uses which weights is read from memory of the device that stays where it is. Weights are read where
+    `refill` found them, so that adapters may come and go between replays.
+    """
+
+    def reserve(self, tokens: int, segments: int) -> object:
+        """Return what `add` takes, naming no adapter yet, with room for up to `segments` segments in `tokens` tokens.
+
+        `add` never writes to tokens that are in no segment.
+        """
+        ...
+
+    def refill(self, prepared: Any, segments: Sequence[Segment], slots: Mapping[int, PackedAdapter]) -> bool:
+        """Make `prepared` say what `prepare(segments, slots)` would; return False, with nothing changed, if it cannot.
+
+        It cannot if there are more segments or larger ranks than were reserved, or if an adapter changes more than
+        the slices of A and B do. Takes its turn in the work of the device's current stream, behind what was launched
+        with the old content, and waits for nothing.
+
+        Raises:
+            KeyError, ValueError: as `prepare` does.
         """
         ...
 
