@@ -5,7 +5,7 @@ Built by the runner from the scheduler's decision; read by decoder, attention an
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -39,3 +39,16 @@ class Batch:
     query_lens_cpu: tuple[int, ...]
     context_lens_cpu: tuple[int, ...]
     lora: LoraBatch | None
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch with its tensors on `device`."""
+        return replace(
+            self,
+            token_ids=self.token_ids.to(device),
+            positions=self.positions.to(device),
+            slot_mapping=self.slot_mapping.to(device),
+            query_start=self.query_start.to(device),
+            context_lens=self.context_lens.to(device),
+            block_tables=self.block_tables.to(device),
+            logits_indices=self.logits_indices.to(device),
+        )
