@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from loraplex.cli import adapter, bench, compress, demo, generate, merge, model, serve, verify
+from loraplex.cli import adapter, bench, compress, demo, generate, merge, model, plan, serve, verify
 from loraplex.cli.reporting import ReportingGroup
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ adapter.app.command("verify")(verify.verify)
 adapter.app.command("compress")(compress.compress)
 app.add_typer(adapter.app, name="adapter")
 app.command("merge")(merge.merge)
+app.command("plan")(plan.plan)
 app.add_typer(model.app, name="model")
 app.add_typer(bench.app, name="bench")
 app.command("demo")(demo.demo)
