@@ -10,7 +10,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from loraplex.server.attention import cpu
 from loraplex.server.attention.cpu import CpuAttention
 from loraplex.server.attention.interface import Attention, AttentionParams, make_attention
 from loraplex.server.attention.reference import ReferenceAttention
@@ -215,14 +214,26 @@ def test_chunks_give_what_one_pass_gives(params: AttentionParams) -> None:
     torch.testing.assert_close(torch.cat(parts), expected, rtol=0, atol=1e-5)
 
 
-def test_large_chunks_are_computed_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
-    p = problem([(200, 200), (90, 500)], Shape())
-    for params in PARAMS:
-        monkeypatch.setattr(cpu, "MAX_SCORES", 1 << 22)
-        expected, _ = run(CpuAttention(), p, params)
-        monkeypatch.setattr(cpu, "MAX_SCORES", 20_000)
-        actual, _ = run(CpuAttention(), p, params)
-        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+@pytest.mark.parametrize("params", PARAMS, ids=str)
+@pytest.mark.parametrize(("activations", "cached"), DTYPES)
+def test_a_chunk_is_the_same_to_the_bit_alone_in_company_and_in_pieces(
+    activations: torch.dtype, cached: torch.dtype, params: AttentionParams
+) -> None:
+    shape, rows = Shape(9, 3, 64, 16), [(1, 160), (40, 200), (64, 64), (170, 530)]
+    p = problem(rows, shape, activations, cached)
+    together, cache = run(CpuAttention(), p, params)
+    start = 0
+    for row, (length, context) in enumerate(rows):
+        tables, first = p.batch.block_tables[row : row + 1], start
+        for size in [] if length == 1 else [length] if length < 100 else [17, 64, 6, length - 87]:
+            before = context - length + first - start
+            piece, tokens = make_batch([(size, before + size)], tables, shape.block), slice(first, first + size)
+            alone = Problem(piece, cache, p.q[tokens], p.k[tokens], p.v[tokens])
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                assert torch.equal(run(CpuAttention(), alone, params)[0], together[tokens])
+            first += size
+        start += length
 
 
 @pytest.mark.parametrize(("activations", "cached"), DTYPES)

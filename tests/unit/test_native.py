@@ -11,8 +11,11 @@ import torch
 
 from loraplex.server.native import team
 from loraplex.server.native.intrinsics import atomic_add, atomic_load, f32_at, i64_at, narrow, u16_at, widen
+from loraplex.server.native.lane_math import keep_between, maximum, transpose
+from loraplex.server.native.product import ROWS, WIDTH, add_product, set_product
+from loraplex.server.native.simd import LANES, load, splat, store
 from loraplex.server.native.team import Kernel, find_gomp_parallel
-from loraplex.server.native.vector import axpy, axpy4, dot, dot4, exp, tanh, weighted_rows
+from loraplex.server.native.vector import axpy, axpy4, dot, dot4, exp, exp_lanes, tanh, weighted_rows
 
 
 def _round_trip(arguments: int) -> None:
@@ -44,6 +47,31 @@ def _products(arguments: int) -> None:
     weighted_rows(w, 0, n, out, 0, 5, sums, 4 * n, n)
 
 
+def _exponentials(arguments: int) -> None:
+    p = i64_at(arguments)
+    for i in range(0, p[0], LANES):
+        store(f32_at(p[2]), i, exp_lanes(load(f32_at(p[1]), i), splat(f32_at(p[1])[p[0]])))
+
+
+def _tile_products(arguments: int) -> None:
+    """Rows (ROWS, n) times lanes (n, WIDTH), set and added; the rows once more from their transposed form."""
+    p = i64_at(arguments)
+    n, w, x, w_bf16, x_bf16, out = p[0], f32_at(p[1]), f32_at(p[2]), u16_at(p[3]), u16_at(p[4]), f32_at(p[5])
+    size = ROWS * WIDTH
+    set_product(w, 0, n, 1, x, 0, WIDTH, n, out, 0, WIDTH)
+    add_product(w, 0, n, 1, x, 0, WIDTH, n, out, size, WIDTH)
+    set_product(w_bf16, 0, 1, ROWS, x_bf16, 0, WIDTH, n, out, 2 * size, WIDTH)
+
+
+def _sixteen_lanes(arguments: int) -> None:
+    p = i64_at(arguments)
+    x, out = f32_at(p[0]), f32_at(p[1])
+    transpose(x, 0, 20, out, 0, 16)
+    a, b = load(x, 0), load(x, 20)
+    store(out, 256, maximum(a, b))
+    store(out, 272, keep_between(a, splat(np.float32(-0.5)), b, splat(np.float32(0.75)), np.float32(-7)))
+
+
 def _count_threads(arguments: int) -> None:
     """Count the calls and wait, not forever, until there have been as many as the second number says."""
     atomic_add(arguments, 1)
@@ -71,6 +99,38 @@ def test_bfloat16_rounds_as_torch_does() -> None:
     assert torch.equal(back[:-1], expected[:-1].float())
     assert torch.equal(torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16)[:-1], expected[:-1])
     assert back[-1].isnan()
+
+
+def test_sixteen_exponentials() -> None:
+    largest = 3.0
+    x = torch.cat([torch.linspace(largest - 86.9, largest, 40_000), torch.full((16,), -1e30), torch.tensor([largest])])
+    out = torch.zeros(len(x) - 1)
+    run(_exponentials, len(out), x.data_ptr(), out.data_ptr())
+    expected = (x[:-1] - largest).double().exp()
+    torch.testing.assert_close(out[:-16].double(), expected[:-16], rtol=3e-7, atol=0)
+    assert not out[-16:].any()
+
+
+@pytest.mark.parametrize("n", [0, 1, 7, 64])
+def test_tiles_of_products(n: int) -> None:
+    generator = torch.Generator().manual_seed(n)
+    w, x = torch.randn(ROWS, n, generator=generator), torch.randn(n, WIDTH, generator=generator)
+    w_bf16, x_bf16 = w.T.contiguous().bfloat16(), x.bfloat16()
+    before = torch.randn(3, ROWS, WIDTH, generator=generator)
+    out = before.clone()
+    run(_tile_products, n, *(t.data_ptr() for t in (w, x, w_bf16, x_bf16, out)))
+    expected = torch.stack([w @ x, before[1] + w @ x, w_bf16.T.float() @ x_bf16.float()])
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
+
+
+def test_sixteen_lanes_at_once() -> None:
+    x = torch.randn(16, 20, generator=torch.Generator().manual_seed(0))
+    out = torch.zeros(18, 16)
+    run(_sixteen_lanes, x.data_ptr(), out.data_ptr())
+    a, b = x[0, :16], x[1, :16]
+    assert torch.equal(out[:16], x[:, :16].T)
+    assert torch.equal(out[16], torch.maximum(a, b))
+    assert torch.equal(out[17], torch.where((b >= -0.5) & (b <= 0.75), a, torch.tensor(-7.0)))
 
 
 def test_exp_and_tanh() -> None:

@@ -1,4 +1,4 @@
-"""Attention on CPUs: a compiled kernel for decode rows and small chunks, torch's fused attention for larger ones."""
+"""Attention on CPUs: a compiled kernel for decode rows and short chunks, and one for the other chunks of prompts."""
 
 from __future__ import annotations
 
@@ -11,31 +11,18 @@ import numpy as np
 import torch
 
 from loraplex.server.attention import cpu_kernel as kernel
+from loraplex.server.attention.chunk_kernel import chunk_kernel
+from loraplex.server.attention.chunks import Chunk, Chunks, lay_out_chunks
 from loraplex.server.attention.interface import AttentionParams, check_shapes
-from loraplex.server.attention.reference import attend, gather_context
 from loraplex.server.engine.batch import Batch
 from loraplex.server.engine.kv_cache import LayerKVCache
 
-# Query-key pairs (per head) of a chunk up to which the kernel beats gathering the context and torch's fused attention.
-# Measured on two cores: 30 tokens on their own context 50 us against 150, 64 on theirs 220 against 260, 64 tokens on a
-# context of 512 3,400 against 1,900.
-KERNEL_PAIRS = 3000
-# Scores that exist at once where they are computed explicitly (16 MiB).
-MAX_SCORES = 1 << 22
+# Queries that share a KV head from which on the kernel for chunks is the faster one.
+CHUNK_QUERIES = 16
 # Work, in pairs times query heads, below which waking a second thread costs more than it saves.
 SERIAL_PAIRS = 1000
 
 _CALL = struct.Struct(f"{kernel.CALL_INTEGERS}q{kernel.CALL_FLOATS}d{kernel.COUNTER_BYTES}x")
-
-
-@dataclass(frozen=True)
-class _LongRow:
-    """A chunk that the kernel does not take: tokens start:start + length of the batch, `row` of the block tables."""
-
-    row: int
-    start: int
-    length: int
-    context: int
 
 
 @dataclass(frozen=True)
@@ -48,7 +35,7 @@ class _Plan:
     address: int
     kept: tuple[Any, ...]
     threads: int
-    long_rows: tuple[_LongRow, ...]
+    chunks: Chunks | None
 
 
 class CpuAttention:
@@ -71,7 +58,7 @@ class CpuAttention:
         batch: Batch,
         params: AttentionParams,
     ) -> torch.Tensor:
-        """Write k and v and attend, by the kernel; then the long chunks, which read the cache as it is after that."""
+        """Write k and v and attend, by the first kernel; then the chunks, which read the cache as it is after that."""
         check_shapes(q, k, v, cache, batch)
         if not (cache.k.is_contiguous() and cache.v.is_contiguous()):
             raise ValueError("the kernel reads a contiguous cache only, it does not fit this one")
@@ -91,19 +78,19 @@ class CpuAttention:
             *(params.window or 0, params.scale, params.softcap or 0.0),
         )
         run(plan.address, plan.threads)
-        for long in plan.long_rows:
-            tokens = slice(long.start, long.start + long.length)
-            out[tokens] = _attend_long(q[tokens], cache, batch.block_tables[long.row], long.context, params)
+        if plan.chunks is not None:
+            plan.chunks.attend(q, cache, out, params)
         return out
 
 
 def warm_up(activation: torch.dtype, cached: torch.dtype) -> None:
-    """Compile the kernel for these dtypes, or load it from disk; thread-safe.
+    """Compile the kernels for these dtypes, or load them from disk; thread-safe.
 
     Raises:
         ValueError: if there is no kernel for them.
     """
     kernel.attention_kernel(activation, cached)
+    chunk_kernel(activation, cached)
 
 
 def _heads_together(x: torch.Tensor) -> torch.Tensor:
@@ -112,17 +99,18 @@ def _heads_together(x: torch.Tensor) -> torch.Tensor:
 
 
 def _make_plan(batch: Batch, layout: tuple[int, ...], num_blocks: int) -> _Plan:
-    """Divide the batch into the kernel's queries and items, and long rows."""
+    """Divide the batch into the first kernel's queries and items, and chunks."""
     heads, kv_heads, head_dim, block_size, item_size = layout
     tables, slots = batch.block_tables.to(torch.int32).contiguous(), batch.slot_mapping.to(torch.int64).contiguous()
     _check_addresses(batch, tables, slots, block_size, num_blocks)
     queries: list[tuple[int, int, int, int, int]] = []
     items: list[tuple[int, int]] = []
-    long_rows: list[_LongRow] = []
+    chunks: list[Chunk] = []
+    group = heads // kv_heads
     start = pairs = 0
     for row, (length, context) in enumerate(zip(batch.query_lens_cpu, batch.context_lens_cpu, strict=True)):
-        if length > 1 and length * context > KERNEL_PAIRS:
-            long_rows.append(_LongRow(row, start, length, context))
+        if length > 1 and length * group >= CHUNK_QUERIES:
+            chunks.append(Chunk(row, start, length, context))
         else:
             for i in range(length):
                 seen = context - length + 1 + i
@@ -134,7 +122,6 @@ def _make_plan(batch: Batch, layout: tuple[int, ...], num_blocks: int) -> _Plan:
     query_table = np.array(queries, dtype=np.int64).reshape(-1, kernel.QUERY_FIELDS)
     item_table = np.array(items, dtype=np.int64).reshape(-1, kernel.ITEM_FIELDS)
     threads = 1 if pairs * heads < SERIAL_PAIRS and start < SERIAL_PAIRS else torch.get_num_threads()
-    group = heads // kv_heads
     parts_of_scratch = (group * head_dim, group * head_dim, group * kernel.PART, block_size * head_dim)
     scratch = np.empty((threads, sum(parts_of_scratch)), dtype=np.float32)
     sums, scores, buffer, scratch_size = (4 * end for end in itertools.accumulate(parts_of_scratch))
@@ -146,7 +133,8 @@ def _make_plan(batch: Batch, layout: tuple[int, ...], num_blocks: int) -> _Plan:
         *(scratch.ctypes.data, scratch_size, sums, scores, buffer),
     )
     kept = (slots, tables, query_table, item_table, partials, scratch)
-    return _Plan(batch, layout, arguments.data, arguments.ctypes.data, kept, threads, tuple(long_rows))
+    laid_out = lay_out_chunks(chunks, tables, group, head_dim)
+    return _Plan(batch, layout, arguments.data, arguments.ctypes.data, kept, threads, laid_out)
 
 
 def _check_addresses(batch: Batch, tables: torch.Tensor, slots: torch.Tensor, block_size: int, num_blocks: int) -> None:
@@ -165,49 +153,3 @@ def _check_addresses(batch: Batch, tables: torch.Tensor, slots: torch.Tensor, bl
             low, high = (int(x) for x in values.aminmax())
             if low < 0 or high >= limit:
                 raise ValueError(f"{what} numbers from {low} to {high} are not within the cache's {limit}")
-
-
-def _attend_long(
-    q: torch.Tensor, cache: LayerKVCache, table: torch.Tensor, context: int, params: AttentionParams
-) -> torch.Tensor:
-    """Return attention of a chunk in q's dtype, computed in float32, piece by piece of its queries.
-
-    Shape:
-        q: (n, Hq, D), the last n positions of `context`. table: (max_blocks,). Result: (n, Hq, D).
-    """
-    length, heads, _ = q.shape
-    before = context - length
-    oldest = 0 if params.window is None else max(0, before - params.window + 1)
-    keys, values = gather_context(cache, table, context, first=oldest)
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    piece = max(1, min(length, MAX_SCORES // (heads * (context - oldest))))
-    for first in range(0, length, piece):
-        end = min(length, first + piece)
-        low = 0 if params.window is None else max(0, before + first - params.window + 1 - oldest)
-        seen = slice(low, before + end - oldest)
-        out[first:end] = _attend_piece(q[first:end], keys[:, seen], values[:, seen], params)
-    return out
-
-
-def _attend_piece(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, params: AttentionParams) -> torch.Tensor:
-    """Return attention of the last n positions of these keys: torch's fused kernel, which has no softcap."""
-    if params.softcap is not None:
-        return attend(q, keys, values, params)
-    n, context = q.shape[0], keys.shape[1]
-    causal = n == context and (params.window is None or params.window >= context)
-    mask = None
-    if not causal:
-        own, position = torch.arange(context - n, context)[:, None], torch.arange(context)[None, :]
-        mask = position <= own
-        if params.window is not None:
-            mask &= position > own - params.window
-    result = torch.nn.functional.scaled_dot_product_attention(
-        q.float().transpose(0, 1)[None],
-        keys[None],
-        values[None],
-        attn_mask=mask,
-        is_causal=causal,
-        scale=params.scale,
-        enable_gqa=True,
-    )
-    return result[0].transpose(0, 1)
