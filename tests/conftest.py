@@ -5,6 +5,7 @@ test module is. Servers that tests start as processes inherit them.
 """
 
 import os
+from pathlib import Path
 
 # No test may reach for a hub, not even by accident: a missing file must fail at once instead of retrying downloads.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -14,3 +15,6 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # gRPC writes to stderr about every fork and closed socket otherwise.
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+# Triton decides at import whether kernels are compiled or interpreted. Without a GPU there is only the latter.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -1,4 +1,4 @@
-"""Adapters that do more at a site than add A and B: packed and run by both operators, against the definition.
+"""Adapters that do more at a site than add A and B: packed and run by every operator, against the definition.
 
 The definition is taken from `BoundAdapter`'s own words, module by module and token by token, and knows nothing of
 packing, sites or segments.
@@ -20,14 +20,17 @@ from loraplex.server.lora.dora import CACHED_BYTES, BaseWeight, FactorCache, col
 from loraplex.server.lora.ops.cpu import CpuLoraOps
 from loraplex.server.lora.ops.interface import LoraOps
 from loraplex.server.lora.ops.reference import ReferenceLoraOps
+from loraplex.server.lora.ops.triton import TritonLoraOps
 from loraplex.server.lora.packing import pack_adapter, packed_nbytes
 from loraplex.server.lora.segments import Segment
 from loraplex.server.lora.weights import LinearSite, PackedAdapter
 from loraplex.server.models.linear import DenseLinear
+from tests.triton_interpreter import INTERPRETED
 
 CPU = torch.device("cpu")
 FLOATS = [torch.float32, torch.bfloat16]
 OPS: list[LoraOps] = [ReferenceLoraOps(), CpuLoraOps()]
+ALL_OPS: list[LoraOps] = [*OPS, *([TritonLoraOps(CPU)] if INTERPRETED else [])]
 
 
 def random(generator: torch.Generator, *shape: int) -> torch.Tensor:
@@ -217,7 +220,7 @@ def test_operators_compute_the_definition(case: Case) -> None:
                 expected[token] = torch.cat(
                     [defined(case.base, bound, name, x[token], segment.scale) for name in s.targets]
                 )
-        for ops in OPS:
+        for ops in ALL_OPS:
             torch.testing.assert_close(
                 outputs(ops, case, slots, index, x).double(), expected, atol=2e-5, rtol=2e-5, msg=type(ops).__name__
             )
@@ -269,7 +272,7 @@ def test_a_change_stays_in_its_module_and_its_rows() -> None:
     bound = bound_adapter(base, {"qkv.1": Kind("dora", bias=True)}, 4, 1)
     packed = pack_adapter(bound, SITES, torch.float32, CPU, base.parameters())
     assert list(packed.changes) == [0]
-    for ops in OPS:
+    for ops in ALL_OPS:
         x = torch.randn(3, 24)
         y = base.outputs(0, x)
         result = y.clone()
@@ -316,7 +319,7 @@ def test_factors_are_not_used_at_another_scale() -> None:
     packed = pack_adapter(
         bound_adapter(base, {"qkv.0": Kind("dora")}, 2, 0), SITES, torch.float32, CPU, base.parameters()
     )
-    for ops in OPS:
+    for ops in ALL_OPS:
         with pytest.raises(ValueError, match="scale 1 only"):
             ops.prepare([Segment(0, 1, 0, 0.5)], {0: packed})
 

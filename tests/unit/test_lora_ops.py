@@ -3,73 +3,23 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from loraplex.adapters.binding import BoundAdapter, ModuleWeights
 from loraplex.server.lora.ops.cpu import CpuLoraOps
-from loraplex.server.lora.ops.interface import LoraOps, make_lora_ops
+from loraplex.server.lora.ops.interface import make_lora_ops
 from loraplex.server.lora.ops.reference import ReferenceLoraOps
-from loraplex.server.lora.packing import pack_adapter
+from loraplex.server.lora.ops.triton import TritonLoraOps
 from loraplex.server.lora.segments import Segment
-from loraplex.server.lora.weights import LinearSite, PackedAdapter
+from tests.unit.lora_cases import CPU, FLOATS, SITES, Case, adapter, call, cases, rows_by_popularity, slots_of
 
-CPU = torch.device("cpu")
-FLOATS = [torch.float32, torch.bfloat16]
 # Largest allowed difference from the reference, relative to the largest output; by the dtype of y. The sums are in
 # float32 either way; a bfloat16 result may be rounded to the other neighbour.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-7}
-
-
-@dataclass(frozen=True)
-class Case:
-    """Sites of one model, adapters for them, and what a call looks like."""
-
-    sites: tuple[LinearSite, ...]
-    slots: Mapping[int, PackedAdapter]
-    segments: tuple[Segment, ...]
-    tokens: int
-
-
-def site(name: str, in_features: int, *widths: int) -> LinearSite:
-    ends = [sum(widths[: i + 1]) for i in range(len(widths))]
-    targets = {f"{name}.{i}": (end - width, end) for i, (width, end) in enumerate(zip(widths, ends, strict=True))}
-    return LinearSite(name, in_features, ends[-1], targets)
-
-
-def adapter(
-    sites: Sequence[LinearSite], rank: int, seed: int, dtype: torch.dtype, skip: frozenset[str]
-) -> PackedAdapter:
-    generator = torch.Generator().manual_seed(seed)
-    modules = {
-        name: ModuleWeights(
-            torch.randn(rank, s.in_features, generator=generator) / s.in_features**0.5,
-            torch.randn(end - start, rank, generator=generator) / rank**0.5,
-            1.0,
-        )
-        for s in sites
-        for name, (start, end) in s.targets.items()
-        if name not in skip
-    }
-    return pack_adapter(BoundAdapter(f"sha256:{seed}", modules), sites, dtype, CPU)
-
-
-SITES = (site("qkv", 48, 48, 16, 16), site("o", 48, 48), site("gate_up", 48, 100, 100), site("down", 100, 48))
-
-
-def slots_of(ranks: Sequence[int], dtype: torch.dtype, sites: Sequence[LinearSite] = SITES) -> dict[int, PackedAdapter]:
-    return {slot: adapter(sites, rank, slot, dtype, frozenset()) for slot, rank in enumerate(ranks)}
-
-
-def call(ops: LoraOps, case: Case, index: int, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    result = y.clone()
-    ops.add(result, x, index, ops.prepare(case.segments, case.slots))
-    return result
 
 
 def assert_same_as_reference(case: Case, activations: torch.dtype) -> None:
@@ -114,12 +64,7 @@ def test_decode_rows(
     activations: torch.dtype, weights: torch.dtype, ranks: tuple[int, ...], rows: int, popularity: str
 ) -> None:
     slots = slots_of([ranks[i % len(ranks)] for i in range(rows)], weights)
-    slot_of_row = {
-        "distinct": list(range(rows)),
-        "identical": [0] * rows,
-        "uniform": [(7 * row) % max(1, rows // 2) for row in range(rows)],
-        "skewed": [0 if row % 3 else row for row in range(rows)],
-    }[popularity]
+    slot_of_row = rows_by_popularity(popularity, rows)
     segments = tuple(Segment(row, row + 1, slot) for row, slot in enumerate(slot_of_row))
     assert_same_as_reference(Case(SITES, slots, segments, rows), activations)
 
@@ -129,29 +74,6 @@ def test_decode_rows(
 def test_prefill_segments_between_decode_rows(weights: torch.dtype, length: int) -> None:
     segments = (Segment(0, 1, 0), Segment(2, 2 + length, 1, 0.25), Segment(2 + length, 3 + length, 0))
     assert_same_as_reference(Case(SITES, slots_of([8, 24], weights), segments, length + 4), torch.float32)
-
-
-@st.composite
-def cases(draw: st.DrawFn) -> Case:
-    """Any sizes, odd ones too; adapters that leave out modules; gaps between segments."""
-    sizes = st.integers(1, 80)
-    sites = tuple(
-        site(f"s{i}", draw(sizes), *draw(st.lists(sizes, min_size=1, max_size=3)))
-        for i in range(draw(st.integers(1, 3)))
-    )
-    names = sorted(name for s in sites for name in s.targets)
-    dtype = draw(st.sampled_from(FLOATS))
-    slots = {
-        slot: adapter(sites, draw(st.integers(1, 70)), slot, dtype, draw(st.frozensets(st.sampled_from(names))))
-        for slot in range(draw(st.integers(1, 4)))
-    }
-    position, segments = 0, []
-    for _ in range(draw(st.integers(0, 6))):
-        start = position + draw(st.integers(0, 2))
-        position = start + draw(st.integers(0, 40))
-        scale = draw(st.floats(-2, 2, width=32))
-        segments.append(Segment(start, position, draw(st.sampled_from(sorted(slots))), scale))
-    return Case(sites, slots, tuple(segments), position + draw(st.integers(0, 2)))
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -269,4 +191,4 @@ def test_several_threads_may_use_one_operator() -> None:
 
 def test_the_factory_knows_devices() -> None:
     assert isinstance(make_lora_ops(CPU), CpuLoraOps)
-    assert isinstance(make_lora_ops(torch.device("cuda")), ReferenceLoraOps)
+    assert isinstance(make_lora_ops(torch.device("cuda")), TritonLoraOps)

@@ -119,6 +119,10 @@ def make_lora_ops(device: torch.device) -> LoraOps:
         from loraplex.server.lora.ops.cpu import CpuLoraOps
 
         return CpuLoraOps()
+    if device.type == "cuda":
+        from loraplex.server.lora.ops.triton import TritonLoraOps
+
+        return TritonLoraOps(device)
     from loraplex.server.lora.ops.reference import ReferenceLoraOps
 
     return ReferenceLoraOps()
