@@ -2,8 +2,9 @@
 
 Two phases in one call, the second after the end of the first. Each block of a row's inputs goes by its own largest
 value. A unit of the second phase is a panel, the weights of sixteen outputs, which lie together in the order in which
-they are read; it is read from memory once, whatever the number of rows. An output is summed in a fixed order, so it
-depends neither on the other rows nor on the number of threads.
+they are read; it is read from memory once, whatever the number of rows, and each thread walks through a share of the
+panels from end to end. An output is summed in a fixed order, so it depends neither on the other rows nor on the number
+of threads.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from loraplex.server.native import shares
 from loraplex.server.native.intrinsics import atomic_add, atomic_load, f32_at, f64_at, i32_at, i64_at, pointer_like
 from loraplex.server.native.simd import load, store
 from loraplex.server.native.team import Kernel
@@ -37,7 +39,9 @@ from loraplex.server.native.vector import Float32, Pointer, compiled, fill
 X, Y, ROWS, X16, X_SCALES, SCRATCH, UNITS, TILES_PER_UNIT = range(8)
 IN_FEATURES, OUT_FEATURES, BLOCK, LARGEST, UNIT = range(8, 13)  # UNIT is the float
 WEIGHTS, PANEL_BYTES, SCALES, PANEL_SCALES, BLOCK_SCALES, TABLE, SCRATCH_SIZE = range(13, 20)  # strides in bytes
-NUM_FIELDS, NEXT_TICKET, NEXT_ROW, ROWS_DONE, NEXT_UNIT, NUM_ARGUMENTS = 20, 24, 32, 40, 48, 56
+SHARES = 20
+NUM_FIELDS, NEXT_TICKET, NEXT_ROW, ROWS_DONE, NEXT_UNIT = 21, 24, 32, 40, 48
+NUM_ARGUMENTS = NEXT_UNIT + shares.WORDS
 BYTES = 8  # of an int64
 
 MOST_ROWS = TILE_ROWS[-1]  # of a tile
@@ -167,7 +171,8 @@ def _panel(p: Pointer, panel: int, first: int, end: int, scratch: int, like: Flo
 def _run(arguments: int, like: Float32) -> None:
     """Round rows until none is left, then take panels; the type of `like` is that of the weights."""
     p = i64_at(arguments)
-    scratch = p[SCRATCH] + p[SCRATCH_SIZE] * atomic_add(arguments + NEXT_TICKET * BYTES, 1)
+    thread = atomic_add(arguments + NEXT_TICKET * BYTES, 1)
+    scratch = p[SCRATCH] + p[SCRATCH_SIZE] * thread
     row = atomic_add(arguments + NEXT_ROW * BYTES, 1)
     while row < p[ROWS]:
         _round_row(arguments, row, scratch)
@@ -176,11 +181,11 @@ def _run(arguments: int, like: Float32) -> None:
     while atomic_load(arguments + ROWS_DONE * BYTES) < p[ROWS]:
         pass
     panels, rows = (p[OUT_FEATURES] + OUTPUTS - 1) // OUTPUTS, p[TILES_PER_UNIT] * MOST_ROWS
-    unit = atomic_add(arguments + NEXT_UNIT * BYTES, 1)
-    while unit < p[UNITS]:
+    unit = shares.take(arguments + NEXT_UNIT * BYTES, p[UNITS], p[SHARES], thread)
+    while unit >= 0:
         first = unit // panels * rows
         _panel(p, unit % panels, first, min(p[ROWS], first + rows), scratch, like)
-        unit = atomic_add(arguments + NEXT_UNIT * BYTES, 1)
+        unit = shares.take(arguments + NEXT_UNIT * BYTES, p[UNITS], p[SHARES], thread)
 
 
 def _multiply_4bit(arguments: int) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 import torch
 
 from loraplex.server.models.panels import INPUTS, OUTPUTS
+from loraplex.server.native.shares import MOST_SHARES
 
 _FEATURES = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni")
 _LARGEST_INT16, _LARGEST_INT32 = 2**15 - 1, 2**31 - 1
@@ -24,7 +25,7 @@ _TILE_ROWS = 16
 # Units that each thread should find where there is more than one tile, so that none waits long for the others.
 _UNITS_PER_THREAD = 4
 
-_FIELDS = struct.Struct("12qd7q")
+_FIELDS = struct.Struct("12qd8q")
 
 
 class IntegerProduct:
@@ -96,6 +97,7 @@ class IntegerProduct:
             *(x.data_ptr(), y.data_ptr(), rows, address, address + x_bytes, address + x_bytes + x_scale_bytes),
             *(self._panels * -(-tiles // tiles_per_unit), tiles_per_unit),
             *self._constants,
+            min(threads, MOST_SHARES),
         )
         self._kernel(ctypes.addressof(block), threads)
         return y

@@ -18,6 +18,8 @@ from numba.extending import intrinsic
 types: Any = numba_types
 cgutils: Any = numba_cgutils
 
+CACHE_LINE = 64
+
 _WORD = ir.IntType(32)
 _HALF = ir.IntType(16)
 
@@ -115,16 +117,21 @@ def bits_to_f32(typing_context: Any, bits: Any) -> Any:
     return types.float32(types.int64), generate
 
 
+def prefetch_line(builder: Any, address: Any) -> None:
+    """Build a request for the cache line at `address`, an LLVM i64."""
+    byte, word = ir.IntType(8).as_pointer(), ir.IntType(32)
+    kind = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    read, keep_in_all_caches, data = word(0), word(3), word(1)
+    builder.call(function, [builder.inttoptr(address, byte), read, keep_in_all_caches, data])
+
+
 @instruction
 def prefetch(typing_context: Any, address: Any) -> Any:
     """Ask for the cache line at `address`, which need not be valid, without waiting for it."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        byte, word = ir.IntType(8).as_pointer(), ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        read, keep_in_all_caches, data = word(0), word(3), word(1)
-        builder.call(function, [builder.inttoptr(args[0], byte), read, keep_in_all_caches, data])
+        prefetch_line(builder, args[0])
         return context.get_dummy_value()
 
     return types.void(types.int64), generate

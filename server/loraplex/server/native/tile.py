@@ -12,12 +12,14 @@ from typing import Any
 
 from llvmlite import ir
 
-from loraplex.server.native.intrinsics import cgutils, instruction, types
+from loraplex.server.native.intrinsics import CACHE_LINE, cgutils, instruction, prefetch_line, types
 
 OUTPUTS = 16  # of a tile: the lanes of a register of 32-bit sums
 GROUPS = 4  # pairs of inputs that one step of the loop takes
 STEP_INPUTS = 2 * GROUPS
 TILE_ROWS = (1, 2, 4, 8, 12, 16)
+# Bytes of weights that are asked for before they are needed: panels lie one after the other.
+_AHEAD = 4096
 # VPDPWSSD takes four or five cycles, so that many sums must be under way at once.
 _SUMS_UNDER_WAY = 8
 
@@ -106,6 +108,8 @@ class _TileCode:
 
     def _step(self, at: Any, table: Any, x: Any, sums: list[Any]) -> list[Any]:
         builder = self._builder
+        for line in range(0, step_bytes(self._weights), CACHE_LINE):
+            prefetch_line(builder, builder.add(at, _LONG(_AHEAD + line)))
         for group, weights in enumerate(_widened(builder, self._weights, at, table)):
             for row in range(self._rows):
                 pair = _load(builder, x, _WORD, 4 * (group * self._rows + row))
