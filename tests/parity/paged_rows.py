@@ -8,6 +8,7 @@ import torch
 
 from loraplex.server.engine.batch import Batch
 from loraplex.server.engine.kv_cache import KVCache, KVCacheShape
+from loraplex.server.engine.model_runner import ForwardPass
 from loraplex.server.lora.ops.interface import LoraContext
 from loraplex.server.models.decoder import Decoder
 
@@ -21,12 +22,19 @@ class PagedRows:
     """Some token sequences over one cache; `advance` computes the next tokens of several of them in one pass."""
 
     def __init__(
-        self, decoder: Decoder, sequences: Sequence[Sequence[int]], dtype: torch.dtype, *, last_only: bool = False
+        self,
+        decoder: Decoder,
+        sequences: Sequence[Sequence[int]],
+        dtype: torch.dtype,
+        *,
+        last_only: bool = False,
+        run_by: ForwardPass | None = None,
     ) -> None:
+        """Let `run_by` compute, by default the decoder itself."""
         config = decoder.config
         blocks = [-(-len(tokens) // BLOCK_SIZE) for tokens in sequences]
         shape = KVCacheShape(config.num_layers, config.num_kv_heads, config.head_dim, BLOCK_SIZE, dtype)
-        self._decoder = decoder
+        self._forward = (run_by or decoder).forward
         self._cache = KVCache(shape, sum(blocks) + 1, torch.device("cpu"))
         order = torch.randperm(sum(blocks), generator=torch.Generator().manual_seed(0)) + 1
         self._tables = [table.to(torch.int32) for table in order.split(blocks)]
@@ -41,7 +49,7 @@ class PagedRows:
         rows = sorted(counts, key=lambda row: counts[row] != 1)
         batch = self._batch(rows, [counts[row] for row in rows])
         context = lora([(row, self._computed[row], counts[row]) for row in rows]) if callable(lora) else lora
-        logits = self._decoder.forward(batch, self._cache, context)
+        logits = self._forward(batch, self._cache, context).clone()  # the next pass may change it
         assert logits.dtype == torch.float32
         kept = [1 if self._last_only else counts[row] for row in rows]
         for row, part in zip(rows, logits.split(kept), strict=True):

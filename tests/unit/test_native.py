@@ -84,7 +84,7 @@ def _count_threads(arguments: int) -> None:
 
 def run(function: Callable[[int], None], *values: int, threads: int = 1) -> npt.NDArray[np.int64]:
     arguments = np.array(values, dtype=np.int64)
-    Kernel(function)(arguments.ctypes.data, threads)
+    Kernel(function, len(values))(arguments.ctypes.data, threads)
     return arguments
 
 

@@ -225,4 +225,4 @@ _VARIANTS = {
 @functools.cache
 def chunk_kernel(activation: torch.dtype, cached: torch.dtype) -> Kernel:
     """Return the kernel for these dtypes, which `cpu_kernel` must know; compiled as that one is."""
-    return Kernel(_VARIANTS[activation, cached])
+    return Kernel(_VARIANTS[activation, cached], NUM_ARGUMENTS)

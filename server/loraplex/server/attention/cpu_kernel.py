@@ -291,4 +291,4 @@ def attention_kernel(activation: torch.dtype, cached: torch.dtype) -> Kernel:
     """
     if (activation, cached) not in _VARIANTS:
         raise ValueError(f"no CPU attention for activations of {activation} with a cache of {cached}")
-    return Kernel(_VARIANTS[activation, cached])
+    return Kernel(_VARIANTS[activation, cached], NUM_ARGUMENTS)

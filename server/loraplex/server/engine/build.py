@@ -13,7 +13,7 @@ from loraplex.server.config import EngineConfig
 from loraplex.server.engine.block_manager import BlockManager
 from loraplex.server.engine.engine import Engine, EngineParts, Publish
 from loraplex.server.engine.kv_cache import KVCache, KVCacheShape
-from loraplex.server.engine.model_runner import ModelRunner
+from loraplex.server.engine.model_runner import ForwardPass, ModelRunner
 from loraplex.server.engine.request import GenerationRequest, SamplingParams
 from loraplex.server.engine.scheduler import ScheduledSequence, Scheduler
 from loraplex.server.engine.sequence import Sequence
@@ -106,7 +106,7 @@ def build_engine(
     )
     kv_cache = KVCache(kv_cache_shape(model, config), limits.num_blocks, device)
     lora_ops = make_lora_ops(device)
-    runner = ModelRunner(model.decoder, kv_cache, lora_ops, device)
+    runner = ModelRunner(_forward_pass(model, device), kv_cache, lora_ops, device)
     _warm_up(runner, model, dtype, device)
     parts = EngineParts(
         runner=runner,
@@ -129,6 +129,14 @@ def build_engine(
         str(dtype).removeprefix("torch."),
     )
     return engine
+
+
+def _forward_pass(model: LoadedModel, device: torch.device) -> ForwardPass:
+    if device.type != "cpu":
+        return model.decoder
+    from loraplex.server.models.captured import CapturedDecoder
+
+    return CapturedDecoder(model.decoder)
 
 
 def _warm_up(runner: ModelRunner, model: LoadedModel, dtype: torch.dtype, device: torch.device) -> None:

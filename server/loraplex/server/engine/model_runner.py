@@ -64,10 +64,12 @@ class ModelRunner:
     def _lora_context(self, batch: Batch, slots: Mapping[int, PackedAdapter]) -> LoraContext | None:
         if batch.lora is None:
             return None
+        tokens = self._lora_ops.prepare(batch.lora.segments, slots)
+        same = batch.lora.logits_segments == batch.lora.segments
         return LoraContext(
             self._lora_ops,
-            tokens=self._lora_ops.prepare(batch.lora.segments, slots),
-            logits=self._lora_ops.prepare(batch.lora.logits_segments, slots),
+            tokens=tokens,
+            logits=tokens if same else self._lora_ops.prepare(batch.lora.logits_segments, slots),
             overrides=find_overrides(batch.lora, slots),
         )
 

@@ -30,7 +30,7 @@ from loraplex.server.models.overridden import (
     overridden_layers,
     overridden_norm,
 )
-from loraplex.server.models.rotary import Rotary
+from loraplex.server.models.rotary import Rotary, Rotation
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,9 @@ class Decoder:
         self.linears = (*(projection.linear for projection in projections), parts.lm_head)
         """The packed product at each site."""
         self._parts = parts
-        self._attention = attention
-        self._dtype = dtype
+        self.attention = attention
+        self.dtype = dtype
+        """That of activations."""
         # Rounded to the compute dtype first, as transformers does (Gemma).
         self._embedding_scale = torch.tensor(config.embedding_scale, dtype=dtype).item()
 
@@ -78,25 +79,43 @@ class Decoder:
         Shape:
             returns (L, vocab) float32, the logits after the tokens `batch.logits_indices`.
         """
-        parts = self._parts
-        rotation = None if parts.rotary is None else parts.rotary.rotation(batch.positions, max(batch.context_lens_cpu))
-        step = Step(batch, rotation, lora)
         overrides = None if lora is None else lora.overrides
-        layers, final_norm = parts.layers, parts.final_norm
+        x, rotation = self.inputs(batch, overrides)
+        step = Step(batch, rotation, lora)
+        layers, final_norm = self._parts.layers, self._parts.final_norm
         if overrides is not None:
             layers = overridden_layers(layers, overrides.tokens)
             final_norm = overridden_norm(final_norm, FINAL_NORM, overrides.logits)
-        x = self._embed(batch, overrides)
+        delta = self._run(layers, x, step, kv_cache)
+        return self._logits(final_norm(x.add_(delta)[batch.logits_indices]), lora)
+
+    def forward_all(self, x: torch.Tensor, step: Step, kv_cache: KVCache) -> torch.Tensor:
+        """Return the logits after every token, without overrides, as `forward` does from its `inputs` on.
+
+        Shape:
+            x: (T, hidden), changed in place; returns (T, vocab) float32.
+        """
+        delta = self._run(self._parts.layers, x, step, kv_cache)
+        return self._logits(self._parts.final_norm.add(x, delta), step.lora)
+
+    def inputs(self, batch: Batch, overrides: Overrides | None) -> tuple[torch.Tensor, Rotation | None]:
+        """Return what the first layer gets, (T, hidden), and the rotation of all layers."""
+        rotary = self._parts.rotary
+        rotation = None if rotary is None else rotary.rotation(batch.positions, max(batch.context_lens_cpu))
+        return self._embed(batch, overrides), rotation
+
+    def _run(self, layers: Sequence[DecoderLayer], x: torch.Tensor, step: Step, kv_cache: KVCache) -> torch.Tensor:
+        """Run the layers on the residual stream `x`, in place; return what the last one has yet to add to it."""
         delta: torch.Tensor | None = None
         for layer, cache in zip(layers, kv_cache.layers, strict=True):
             h = layer.input_norm(x) if delta is None else layer.input_norm.add(x, delta)
-            h = layer.mlp_norm.add(x, layer.attend(h, cache, step, self._attention))
-            delta = layer.mlp(h, lora)
+            h = layer.mlp_norm.add(x, layer.attend(h, cache, step, self.attention))
+            delta = layer.mlp(h, step.lora)
         assert delta is not None, "a decoder has layers"
-        return self._logits(final_norm(x.add_(delta)[batch.logits_indices]), lora)
+        return delta
 
     def _embed(self, batch: Batch, overrides: Overrides | None) -> torch.Tensor:
-        x = F.embedding(batch.token_ids, self._parts.embedding).to(self._dtype)
+        x = F.embedding(batch.token_ids, self._parts.embedding).to(self.dtype)
         if overrides is not None:
             change_embeddings(x, batch.token_ids, overrides.tokens)
         if self._embedding_scale != 1:
@@ -112,6 +131,7 @@ class Decoder:
         logits = self._parts.lm_head(h)
         if lora is not None:
             lora.ops.add(logits, h, len(self.sites) - 1, lora.logits)
-        logits = logits.float()
+        if logits.dtype is not torch.float32:
+            logits = logits.float()
         cap = self.config.logit_softcap
         return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)

@@ -213,4 +213,4 @@ def integer_kernel(weights: torch.dtype) -> Kernel:
 
     Compiled when a process first asks and finds nothing in Numba's cache.
     """
-    return Kernel(_VARIANTS[weights])
+    return Kernel(_VARIANTS[weights], NUM_ARGUMENTS)

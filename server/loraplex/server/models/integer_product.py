@@ -16,6 +16,7 @@ import torch
 
 from loraplex.server.models.panels import INPUTS, OUTPUTS
 from loraplex.server.native.shares import MOST_SHARES
+from loraplex.server.native.workspace import empty, team_size
 
 _FEATURES = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni")
 _LARGEST_INT16, _LARGEST_INT32 = 2**15 - 1, 2**31 - 1
@@ -81,15 +82,15 @@ class IntegerProduct:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Return y (T, out) float32 for x (T, in) float32, contiguous."""
         rows, (out_features, in_features) = x.shape[0], self._shape
-        y = torch.empty(rows, out_features)
+        y = empty(rows, out_features, dtype=torch.float32)
         if rows == 0:
             return y
-        threads = torch.get_num_threads() if rows * out_features * in_features >= _PARALLEL_WORK else 1
+        threads = team_size(rows * out_features * in_features >= _PARALLEL_WORK)
         tiles = -(-rows // _TILE_ROWS)
         parts = min(tiles, -(-_UNITS_PER_THREAD * threads // self._panels))
         tiles_per_unit = -(-tiles // parts)
         x_bytes, x_scale_bytes = tiles * _TILE_ROWS * self._row_bytes, tiles * _TILE_ROWS * self._blocks * 4
-        scratch = torch.empty(x_bytes + x_scale_bytes + threads * self._scratch_bytes, dtype=torch.uint8)
+        scratch = empty(x_bytes + x_scale_bytes + threads * self._scratch_bytes, dtype=torch.uint8)
         address, block = scratch.data_ptr(), self._block()
         _FIELDS.pack_into(
             block,

@@ -74,7 +74,7 @@ class DecoderLayer:
         if step.rotation is not None:
             qk = step.rotation.apply(qk)
         mixed = attention(qk[:, :heads], qk[:, heads:], v, cache, step.batch, self.params)
-        out = self.o(mixed.reshape(h.shape[0], heads * self.head_dim), step.lora)
+        out = self.o(mixed.view(h.shape[0], heads * self.head_dim), step.lora)
         return out if self.post_attention_norm is None else self.post_attention_norm(out)
 
     def mlp(self, h: torch.Tensor, lora: LoraContext | None) -> torch.Tensor:

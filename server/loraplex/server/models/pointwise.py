@@ -14,6 +14,7 @@ import torch
 
 from loraplex.server.models.pointwise_kernel import NUM_ARGUMENTS, pointwise_kernel
 from loraplex.server.native.team import Kernel
+from loraplex.server.native.workspace import empty, team_size
 
 # Work for fewer numbers than this is done before a second thread is awake.
 _PARALLEL_NUMBERS = 1 << 15
@@ -25,7 +26,7 @@ _GATE = struct.Struct("5q")
 
 
 def _call(kernel: Kernel, block: ctypes.Array[ctypes.c_int64], numbers: int) -> None:
-    kernel(ctypes.addressof(block), 1 if numbers < _PARALLEL_NUMBERS else torch.get_num_threads())
+    kernel(ctypes.addressof(block), team_size(numbers >= _PARALLEL_NUMBERS))
 
 
 class CpuRmsNorm:
@@ -53,7 +54,7 @@ class CpuRmsNorm:
     def _run(self, x: torch.Tensor, delta: int) -> torch.Tensor:
         assert x.is_contiguous(), "the residual stream is contiguous"
         assert x.dtype is self._dtype, "the residual stream has the dtype of activations"
-        out = torch.empty_like(x)
+        out = empty(*x.shape, dtype=x.dtype)
         block = _Block()
         _NORM.pack_into(block, 0, x.shape[0], x.data_ptr(), delta, out.data_ptr(), *self._constants)
         _call(self._kernel, block, x.numel())
@@ -91,7 +92,7 @@ class CpuGate:
         """Return the gated values."""
         assert x.is_contiguous(), "a product's output is contiguous"
         tokens, width = x.shape[0], x.shape[1] // 2
-        out = x.new_empty(tokens, width)
+        out = empty(tokens, width, dtype=x.dtype)
         block = _Block()
         _GATE.pack_into(block, 0, tokens, x.data_ptr(), out.data_ptr(), width, self._gelu)
         _call(pointwise_kernel("gate", x.dtype), block, x.numel())

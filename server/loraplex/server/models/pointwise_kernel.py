@@ -161,4 +161,4 @@ def pointwise_kernel(name: str, dtype: torch.dtype) -> Kernel:
 
     Compiled when a process first asks and finds nothing in Numba's cache.
     """
-    return Kernel(_VARIANTS[name, dtype])
+    return Kernel(_VARIANTS[name, dtype], NUM_ARGUMENTS)

@@ -90,7 +90,7 @@ def _quantize_4bit(arguments: int) -> None:
 @functools.cache
 def _kernel() -> Kernel:
     """Return the kernel, compiled on the first call in a process that finds nothing in Numba's cache."""
-    return Kernel(_quantize_4bit)
+    return Kernel(_quantize_4bit, NUM_ARGUMENTS)
 
 
 def quantize_blocks(weights: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

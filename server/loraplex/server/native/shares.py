@@ -27,7 +27,7 @@ def take(counters: int, units: int, shares: int, own: int) -> int:
     for i in range(shares):
         share = (own + i) % shares
         start, end = units * share // shares, units * (share + 1) // shares
-        unit = start + atomic_add(counters + _LINE * share, 1)
+        unit: int = start + atomic_add(counters + _LINE * share, 1)
         if unit < end:
             return unit
     return -1

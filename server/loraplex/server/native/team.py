@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import FunctionType
@@ -25,14 +26,23 @@ from numba import cfunc
 _GOMP_PARALLEL = "GOMP_parallel"
 
 
+class KernelCalls(threading.local):
+    """What becomes of this thread's calls: they are made, or given to `take` with the address of their arguments."""
+
+    take: Callable[[Kernel, int], None] | None = None
+
+
+kernel_calls = KernelCalls()
+
+
 class Kernel:
     """A compiled function of one int64: the address of its argument block.
 
     Calls hold no lock and release the GIL; several threads may call one kernel with different argument blocks.
     """
 
-    def __init__(self, function: Callable[[int], None]) -> None:
-        """Compile `function`, or load it from Numba's cache on disk.
+    def __init__(self, function: Callable[[int], None], num_arguments: int) -> None:
+        """Compile `function`, or load it from Numba's cache on disk; its block has `num_arguments` int64.
 
         The cache lies beside the function's file or, where that is read-only, in the user's cache folder
         (NUMBA_CACHE_DIR overrides both). Where nothing can be written, every process compiles anew.
@@ -45,14 +55,17 @@ class Kernel:
             if "no locator available" not in str(error):
                 raise
             self._compiled = compile_c(signature, **options)(versioned)
+        self.num_arguments = num_arguments
+        self.address: int = self._compiled.address
         self._serial = self._compiled.ctypes
-        self._address: int = self._compiled.address
         self._parallel = find_gomp_parallel()
 
     def __call__(self, arguments: int, threads: int) -> None:
         """Run once on each of up to `threads` threads, with the same `arguments`, and wait for all."""
-        if threads > 1 and self._parallel is not None:
-            self._parallel(self._address, arguments, threads, 0)
+        if kernel_calls.take is not None:
+            kernel_calls.take(self, arguments)
+        elif threads > 1 and self._parallel is not None:
+            self._parallel(self.address, arguments, threads, 0)
         else:
             self._serial(arguments)
 

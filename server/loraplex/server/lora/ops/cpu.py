@@ -7,7 +7,7 @@ bias on B; the rest is left to torch. A step without such adapters asks once a s
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from loraplex.server.lora.ops.interface import adapters_of
 from loraplex.server.lora.ops.site_changes import add_biases, change_output
 from loraplex.server.lora.segments import Segment
 from loraplex.server.lora.weights import PackedAdapter, SliceWeights
+from loraplex.server.native.program import StepArguments
 from loraplex.server.native.team import Kernel
 
 # Tokens times rank of a segment up to which the kernel beats torch's matrix products, whose calls cost more than they
@@ -49,7 +50,7 @@ class _Prepared:
     """
 
     run: Kernel | None
-    arguments: memoryview
+    arguments: npt.NDArray[np.int64]
     address: int
     threads: int
     kept: tuple[Any, ...]
@@ -86,7 +87,7 @@ class CpuLoraOps:
         arguments, kept = _lay_out(_divide(short, threads), threads)
         return _Prepared(
             run=kernel.lora_add_kernel(next(iter(dtypes), torch.float32)) if short else None,
-            arguments=arguments.data,
+            arguments=arguments,
             address=arguments.ctypes.data,
             threads=threads,
             kept=(kept, adapters),
@@ -111,13 +112,25 @@ class CpuLoraOps:
         if step.run is not None:
             is_bf16 = y.dtype is torch.bfloat16
             _CALL.pack_into(
-                step.arguments, 0, y.data_ptr(), y.stride(0), is_bf16, x.data_ptr(), x.stride(0), in_features, site
+                step.arguments.data, 0, y.data_ptr(), y.stride(0), is_bf16, x.data_ptr(), x.stride(0), in_features, site
             )
             step.run(step.address, step.threads)
         for segment, adapter in step.long:
             _add_long(y, x, segment, adapter.sites[site])
         for segment, change in changes:
             add_biases(y, segment, change)
+
+    def step_arguments(self, prepared: Any) -> StepArguments | None:
+        """Return what recorded calls of `add` need to do this step's work; None if a kernel alone cannot do it."""
+        step: _Prepared = prepared
+        if step.run is None or step.long or step.changes:
+            return None
+        return StepArguments(step.run, kernel.STEP_FIELDS, step.arguments[kernel.STEP_FIELDS :], step)
+
+    def touched(self, prepared: Any) -> Hashable:
+        """Return what tells whether two steps call the kernel at the same sites."""
+        step: _Prepared = prepared
+        return tuple(in_features for in_features, _ in step.extents)
 
 
 def warm_up(weights: torch.dtype) -> None:
@@ -167,7 +180,8 @@ def _lay_out(
     table = np.array(rows, dtype=np.int64).reshape(-1, kernel.SEGMENT_FIELDS)
     scales = np.array([segment.scale for segment, _ in short], dtype=np.float32)
     hidden = max(((s.end - s.start) * a.rank for s, a in short), default=0)
-    scratch = np.empty((threads, kernel.SUMS + hidden), dtype=np.float32)
+    # For all threads: a recorded step runs on all.
+    scratch = np.empty((torch.get_num_threads(), kernel.SUMS + hidden), dtype=np.float32)
     slices = max((row[3] for row in rows), default=1)
     # Whole segments where there are enough of them: one long walk through an adapter's memory.
     units, slices_per_unit = (1, slices) if threads == 1 or len(short) >= 2 * threads else (slices, 1)

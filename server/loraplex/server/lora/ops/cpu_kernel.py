@@ -173,4 +173,4 @@ def lora_add_kernel(weights: torch.dtype) -> Kernel:
     """
     if weights not in _VARIANTS:
         raise ValueError(f"LoRA weights on a CPU are float32 or bfloat16, not {weights}")
-    return Kernel(_VARIANTS[weights])
+    return Kernel(_VARIANTS[weights], NUM_ARGUMENTS)
