@@ -94,7 +94,7 @@ def test_names_hit_exactly_what_was_chosen(data: st.DataObject) -> None:
     modules = [LinearModule(f"model.layers.{layer}.{end}", 4, 4) for layer in range(2) for end in ends]
     # A module may not lie in another one that is linear.
     modules += [LinearModule("dense", 4, 4), LinearModule("output.dense", 4, 4)]
-    chosen = [module for module in modules if kind_of(module).removeprefix("model.layers.N.") in kinds]
+    chosen = [module for module in modules if kind_of(module.name).removeprefix("model.layers.N.") in kinds]
     chosen = [module for module in chosen if module.name.startswith("model.")]
     spec = AdapterSpec(rank=1, alpha=1.0, target_modules=names_of(chosen, modules))
     assert [module for module in modules if spec.targets(module.name)] == [

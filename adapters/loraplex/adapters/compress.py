@@ -121,14 +121,10 @@ def compress_module(factors: Sequence[Factors], budget: Budget, dtype: torch.dty
     Raises:
         OverflowError: the sum itself is beyond float64.
     """
-    a = torch.cat([each.a.double() for each in factors])
-    b = torch.cat([each.b.double() * each.factor for each in factors], dim=1)
+    a, b = _stacked(factors)
     left, small_left = torch.linalg.qr(b)
     right, small_right = torch.linalg.qr(a.t())
-    small = small_left @ small_right.t()
-    if not small.isfinite().all():
-        raise OverflowError("the sum is not finite")
-    u, singular, v = torch.linalg.svd(small, full_matrices=False)
+    u, singular, v = torch.linalg.svd(_finite(small_left @ small_right.t()), full_matrices=False)
     rank = budget.rank_of(singular)
     # Split evenly, so that neither factor needs a larger range than the other.
     root = singular[:rank].sqrt()
@@ -140,10 +136,34 @@ def compress_module(factors: Sequence[Factors], budget: Budget, dtype: torch.dty
     )
 
 
+def singular_values(factors: Sequence[Factors]) -> torch.Tensor:
+    """Return the singular values of the sum of `factors`, largest first, float64: as many as all ranks together.
+
+    Raises:
+        OverflowError: the sum itself is beyond float64.
+    """
+    a, b = _stacked(factors)
+    found = torch.linalg.svdvals(_finite(torch.linalg.qr(b).R @ torch.linalg.qr(a.t()).R.t()))
+    # A rank beyond the module's own width has values that are 0.
+    return torch.nn.functional.pad(found, (0, a.shape[0] - len(found)))
+
+
 def total_error(modules: Sequence[Compressed]) -> float:
     """Return the error over all modules, relative to the norm of all."""
     norm = math.hypot(*(each.norm for each in modules))
     return math.hypot(*(each.error for each in modules)) / norm if norm else 0.0
+
+
+def _stacked(factors: Sequence[Factors]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return A and B of the sum, in float64."""
+    a = torch.cat([each.a.double() for each in factors])
+    return a, torch.cat([each.b.double() * each.factor for each in factors], dim=1)
+
+
+def _finite(small: torch.Tensor) -> torch.Tensor:
+    if not small.isfinite().all():
+        raise OverflowError("the sum is not finite")
+    return small
 
 
 def _norm(b: torch.Tensor, a: torch.Tensor) -> float:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from loraplex.cli import adapter, bench, compress, demo, generate, merge, model, plan, serve, verify
+from loraplex.cli import adapter, analyze, bench, compress, demo, generate, merge, model, plan, serve, verify
 from loraplex.cli.reporting import ReportingGroup
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ adapter.app.command("compress")(compress.compress)
 app.add_typer(adapter.app, name="adapter")
 app.command("merge")(merge.merge)
 app.command("plan")(plan.plan)
+app.add_typer(analyze.app, name="analyze")
 app.add_typer(model.app, name="model")
 app.add_typer(bench.app, name="bench")
 app.command("demo")(demo.demo)

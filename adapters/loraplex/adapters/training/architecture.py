@@ -79,6 +79,12 @@ class ModelArchitecture:
         return tuple(module for module in self.modules if module.name != self.head)
 
     @property
+    def hub_id(self) -> str:
+        """What loads the model's weights and tokenizer: its folder or id, also for a short name of the table."""
+        known = known_model(self.name)
+        return known.hub_id if known is not None and self.origin == "built-in table" else self.name
+
+    @property
     def layers(self) -> int:
         """Repeated blocks."""
         return int(self.config.num_hidden_layers)

@@ -48,6 +48,6 @@ def role_of(module: LinearModule) -> Role:
     return "down" if module.in_features > module.out_features else "up"
 
 
-def kind_of(module: LinearModule) -> str:
-    """Return the module's name with N for every number: one kind of module, whatever its layer."""
-    return ".".join("N" if part.isdigit() else part for part in module.name.split("."))
+def kind_of(name: str) -> str:
+    """Return a module's name with N for every number: one kind of module, whatever its layer."""
+    return ".".join("N" if part.isdigit() else part for part in name.split("."))

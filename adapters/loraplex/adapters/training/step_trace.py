@@ -9,7 +9,6 @@ Knows nothing about the weights of the base or the optimizer.
 from __future__ import annotations
 
 import weakref
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,14 +24,12 @@ class Batch:
 
     Attributes:
         rows, length: of the batch, in sequences and tokens.
-        autocast: in which matrix products are computed if not in the type of the weights.
         checkpointing: whether activations are computed again in the backward pass.
         accumulated: whether gradients of an earlier pass are there already.
     """
 
     rows: int
     length: int
-    autocast: torch.dtype | None = None
     checkpointing: bool = False
     accumulated: bool = False
 
@@ -73,11 +70,8 @@ def trace_step(model: Any, batch: Batch) -> StepMemory:
             for parameter in trained:
                 parameter.grad = torch.empty_like(parameter)
         live = _LiveStorages([*model.parameters(), *model.buffers(), *(p.grad for p in trained), tokens, labels])
-        typed = torch.autocast("cpu", batch.autocast) if batch.autocast else nullcontext()
         with live:
-            with typed:
-                loss = model(**inputs).loss
-            loss.backward()
+            model(**inputs).loss.backward()
     kept = gradients if batch.accumulated else 0
     return StepMemory(gradients, max(live.peak + kept - gradients, 0))
 

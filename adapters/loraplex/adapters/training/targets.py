@@ -72,7 +72,7 @@ def pattern_of(kind: Sequence[LinearModule], everything: Sequence[LinearModule],
 
 def expression_of(kind: Sequence[LinearModule]) -> str:
     """Return an expression that matches the names of one kind of module, whatever the layer."""
-    return r"\.".join(r"\d+" if part == "N" else re.escape(part) for part in kind_of(kind[0]).split("."))
+    return r"\.".join(r"\d+" if part == "N" else re.escape(part) for part in kind_of(kind[0].name).split("."))
 
 
 def modules_of(model: ModelArchitecture, target_modules: tuple[str, ...] | str) -> tuple[LinearModule, ...]:
@@ -85,7 +85,7 @@ def modules_of(model: ModelArchitecture, target_modules: tuple[str, ...] | str) 
 def _kinds(modules: Iterable[LinearModule]) -> list[list[LinearModule]]:
     kinds: dict[str, list[LinearModule]] = {}
     for module in modules:
-        kinds.setdefault(kind_of(module), []).append(module)
+        kinds.setdefault(kind_of(module.name), []).append(module)
     return list(kinds.values())
 
 
@@ -93,7 +93,7 @@ def _shortest_end(
     kind: Sequence[LinearModule], everything: Sequence[LinearModule], allowed: Callable[[str], bool]
 ) -> str | None:
     """Return the shortest end of the path, without layer numbers, that hits only what is allowed."""
-    parts = kind_of(kind[0]).split(".")
+    parts = kind_of(kind[0].name).split(".")
     for count in range(1, len(parts) + 1):
         end = parts[-count:]
         if end[0] == "N":
@@ -107,6 +107,6 @@ def _shortest_end(
 
 def _end_with_number(module: LinearModule) -> str:
     """Return the expression for the module's path from the last layer number on."""
-    parts = kind_of(module).split(".")
+    parts = kind_of(module.name).split(".")
     last = len(parts) - 1 - parts[::-1].index("N")
     return r"\.".join((r"\d+", *map(re.escape, parts[last + 1 :])))

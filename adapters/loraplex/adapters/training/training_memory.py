@@ -80,8 +80,8 @@ def training_memory(model: ModelArchitecture, method: Method, shape: TrainingSha
     """Plan one training run.
 
     Full fine-tuning is done in `dtype` throughout (weights, gradients and both states of Adam). LoRA keeps A, B and
-    their states in float32, as PEFT does, beside a base in `dtype`. QLoRA's base is 4 bits wide except for embeddings,
-    norms and the output layer.
+    their states in float32, as our trainer does, beside a base in `dtype`. QLoRA's base is 4 bits wide except for
+    embeddings, norms and the output layer.
 
     Raises:
         InvalidRequestError: no module answers to `targets`.
@@ -94,9 +94,7 @@ def training_memory(model: ModelArchitecture, method: Method, shape: TrainingSha
         adapters = sum(parameter.nbytes for parameter in built.parameters() if parameter.requires_grad)
     trained = sum(parameter.numel() for parameter in built.parameters() if parameter.requires_grad)
     trained_bytes = sum(parameter.nbytes for parameter in built.parameters() if parameter.requires_grad)
-    autocast = shape.dtype if method != "full" and shape.dtype != torch.float32 else None
-    batch = Batch(shape.rows, shape.length, autocast, shape.checkpointing, shape.accumulation > 1)
-    step = trace_step(built, batch)
+    step = trace_step(built, Batch(shape.rows, shape.length, shape.checkpointing, shape.accumulation > 1))
     activations = step.activations
     if method == "qlora":
         base -= saved_by_four_bits(model, shape.dtype, shape.double_quant)
