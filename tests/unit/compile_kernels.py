@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import triton
@@ -18,6 +21,8 @@ from triton import language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from loraplex.server.attention import triton_kernel as attention
+from loraplex.server.attention.triton import MAX_PARTS, PART
 from loraplex.server.lora.ops import triton_kernel as lora
 from loraplex.server.lora.ops.triton_plan import TILE_SHAPES
 
@@ -53,9 +58,21 @@ class Variant:
             "wide_loads": len(re.findall(r"cp\.async\.cg\.shared\.global|ld\.global[\w.]*\.v4\.b32", ptx)),
             "narrow_loads": len(re.findall(r"ld\.global[\w.]*\.b16", ptx)),
             "matrix_products": len(re.findall(r"mma[\w.]*sync", ptx)),
-            "spills": len(re.findall(r"(?:ld|st)\.local", ptx)),
+            **_resources(compiled.asm["cubin"]),
             "atomics": len(re.findall(r"\b(?:atom|red)\.", ptx)),
         }
+
+
+def _resources(cubin: bytes) -> dict[str, int]:
+    """Return what NVIDIA's own tool, which comes with Triton, says of the machine code."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        shown = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", shown)
+    assert found, shown
+    return {"registers": int(found[1]), "stack": int(found[2])}
 
 
 def lora_variants() -> Iterator[Variant]:
@@ -87,8 +104,35 @@ def lora_variants() -> Iterator[Variant]:
         )
 
 
+def attention_variants() -> Iterator[Variant]:
+    types = {
+        **dict.fromkeys(("q", "k", "v", "k_cache", "v_cache", "out"), "*bf16"),
+        **dict.fromkeys(("sums", "weights"), "*fp32"),
+        **dict.fromkeys(("tables", "contexts", "starts"), "*i32"),
+        **dict.fromkeys(("q_stride", "k_stride", "v_stride", "table_stride", "window", "parts", "first_row"), "i32"),
+        **{"slots": "*i64", "scale": "fp32", "softcap": "fp32"},
+    }
+    aligned = ("q", "q_stride", "k", "k_stride", "v", "v_stride", "k_cache", "v_cache", "out", "sums", "tables")
+    # Llama-3.1-8B; Gemma-2-9B, with everything.
+    for name, group, kv_heads, head_dim, keys, extras in (("8B", 4, 8, 128, 64, False), ("gemma", 2, 8, 256, 32, True)):
+        head = {"HEAD_DIM": head_dim, "BLOCK_D": head_dim}
+        parts = {"PART": PART, "MAX_PARTS": MAX_PARTS}
+        queries = {"GROUP": group, "BLOCK_N": keys, "PAGE": 16, "CAPPED": extras, "WINDOWED": extras, **head}
+        for kernel, constants, stages in (
+            (attention.write_kernel, {"HEADS": kv_heads, "BLOCK_H": kv_heads, "PAGE": 16, **head}, 1),
+            (attention.decode_kernel, {"BLOCK_M": 16, **queries, **parts}, 2),
+            (attention.reduce_kernel, {"WINDOWED": extras, **head, **parts}, 1),
+            (attention.prompt_kernel, {"BLOCK_M": 64, **queries}, 2),
+        ):
+            names = kernel.arg_names
+            yield Variant(
+                f"attention {kernel.__name__}, {name}",
+                *(kernel, types, constants, tuple(name for name in aligned if name in names), 4, stages),
+            )
+
+
 def main() -> None:
-    for variant in lora_variants():
+    for variant in (*lora_variants(), *attention_variants()):
         print(json.dumps(variant.compile()), flush=True)
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from loraplex.server.attention.cpu import CpuAttention
 from loraplex.server.attention.interface import Attention, AttentionParams, make_attention
 from loraplex.server.attention.reference import ReferenceAttention
+from loraplex.server.attention.triton import TritonAttention
 from loraplex.server.engine.batch import Batch
 from loraplex.server.engine.kv_cache import LayerKVCache
 
@@ -332,4 +333,4 @@ def test_what_does_not_fit_is_refused() -> None:
 
 def test_the_factory_knows_devices() -> None:
     assert isinstance(make_attention(torch.device("cpu")), CpuAttention)
-    assert isinstance(make_attention(torch.device("cuda")), ReferenceAttention)
+    assert isinstance(make_attention(torch.device("cuda")), TritonAttention)

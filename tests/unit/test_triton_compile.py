@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("triton")
 # A thread block of an H100 may have this much, in bytes.
 SHARED_MEMORY = 227 * 1024
+WITHOUT_PRODUCTS = ("write_kernel", "reduce_kernel")
 
 
 def test_every_kernel_compiles_for_an_h100(tmp_path: Path) -> None:
@@ -30,8 +31,10 @@ def test_every_kernel_compiles_for_an_h100(tmp_path: Path) -> None:
     assert kernels
     for kernel in kernels:
         assert kernel["shared"] <= SHARED_MEMORY, kernel
-        assert kernel["spills"] == 0, kernel
+        # Numbers that have no register any more would lie on the stack, in memory.
+        assert kernel["stack"] == 0, kernel
         assert kernel["atomics"] == 0, kernel
         assert kernel["wide_loads"] > 0, kernel
         assert kernel["narrow_loads"] == 0, kernel
-        assert kernel["matrix_products"] > 0, kernel
+        if not any(name in kernel["name"] for name in WITHOUT_PRODUCTS):
+            assert kernel["matrix_products"] > 0, kernel

@@ -1,6 +1,6 @@
 """The Triton LoRA kernels against the reference: in Triton's interpreter where there is no GPU.
 
-The short form runs by default; the whole product of sizes is marked slow.
+The short form runs by default; the whole product of sizes is marked long.
 """
 
 from __future__ import annotations
@@ -76,6 +76,7 @@ def test_decode_rows(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("popularity", ["distinct", "identical", "uniform", "skewed"])
 @pytest.mark.parametrize("rows", [1, 4, 16])
 @pytest.mark.parametrize("ranks", RANKS)

@@ -61,6 +61,10 @@ def make_attention(device: torch.device) -> Attention:
         from loraplex.server.attention.cpu import CpuAttention
 
         return CpuAttention()
+    if device.type == "cuda":
+        from loraplex.server.attention.triton import TritonAttention
+
+        return TritonAttention()
     from loraplex.server.attention.reference import ReferenceAttention
 
     return ReferenceAttention()

@@ -53,7 +53,7 @@ class TileShape:
 # Decode rows are bound by reading A and B once, with enough programs to keep all of the memory busy; chunks of prompts
 # by the matrix products. Chosen by counting bytes and programs for an H100, not measured yet.
 SHORT = TileShape(16, 16, 128, 512, 8, 128, warps=(2, 4), stages=4)
-LONG = TileShape(64, 32, 64, 1024, 4, 128, warps=(4, 4), stages=3)
+LONG = TileShape(64, 32, 64, 1024, 4, 128, warps=(4, 8), stages=3)
 TILE_SHAPES = (SHORT, LONG)
 # Tokens of a segment from which on it is cut into long tiles.
 MIN_LONG_TOKENS = 65
