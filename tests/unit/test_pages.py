@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 
-from loraplex.server.native.pages import HUGE_PAGE_BYTES, zeros_on_huge_pages
+from loraplex.server.native.pages import HUGE_PAGE_BYTES, SLAB_BYTES, copy_to_huge_pages, zeros_on_huge_pages
 
 SMAPS = Path("/proc/self/smaps")
 ON_LINUX = pytest.mark.skipif(not SMAPS.exists(), reason="asks Linux about its memory")
@@ -60,3 +61,15 @@ def test_the_memory_goes_back_with_the_last_view_of_it() -> None:
     assert mapping_flags(start) is not None
     del view
     assert mapping_flags(start) is None
+
+
+def test_copies_share_slabs_and_nothing_else() -> None:
+    tensors = [torch.randn(size, 3) for size in (1, 1000, 5)] + [torch.arange(7), torch.randn(6, 5).t()]
+    tensors.append(torch.zeros(SLAB_BYTES + 1, dtype=torch.uint8))
+    copies = [copy_to_huge_pages(tensor) for tensor in tensors]
+    for tensor, copy in zip(tensors, copies, strict=True):
+        assert torch.equal(copy, tensor)
+        assert copy.is_contiguous()
+        assert copy.data_ptr() % 64 == 0
+    spans = sorted((copy.data_ptr(), copy.data_ptr() + copy.nbytes) for copy in copies)
+    assert all(end <= start for (_, end), (start, _) in pairwise(spans))

@@ -5,9 +5,12 @@ Knows nothing about who owns which block; that is the BlockManager's.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
+
+from loraplex.server.native.pages import zeros_on_huge_pages
 
 
 @dataclass(frozen=True)
@@ -48,9 +51,11 @@ class KVCache:
         self.shape = shape
         self.num_blocks = num_blocks
         size = (num_blocks, shape.num_kv_heads, shape.block_size, shape.head_dim)
-        self.layers = tuple(
-            LayerKVCache(
-                torch.zeros(size, dtype=shape.dtype, device=device), torch.zeros(size, dtype=shape.dtype, device=device)
-            )
-            for _ in range(shape.num_layers)
-        )
+
+        def zeros() -> torch.Tensor:
+            if device.type != "cpu":
+                return torch.zeros(size, dtype=shape.dtype, device=device)
+            # Blocks are read in any order, each from a page of its own.
+            return zeros_on_huge_pages(math.prod(size) * shape.dtype.itemsize).view(shape.dtype).view(size)
+
+        self.layers = tuple(LayerKVCache(zeros(), zeros()) for _ in range(shape.num_layers))

@@ -40,7 +40,7 @@ X, Y, ROWS, X16, X_SCALES, SCRATCH, UNITS, TILES_PER_UNIT = range(8)
 IN_FEATURES, OUT_FEATURES, BLOCK, LARGEST, UNIT = range(8, 13)  # UNIT is the float
 WEIGHTS, PANEL_BYTES, SCALES, PANEL_SCALES, BLOCK_SCALES, TABLE, SCRATCH_SIZE = range(13, 20)  # strides in bytes
 SHARES = 20
-NUM_FIELDS, NEXT_TICKET, NEXT_ROW, ROWS_DONE, NEXT_UNIT = 21, 24, 32, 40, 48
+NUM_FIELDS, NEXT_TICKET, NEXT_ROUND, ROUNDED, NEXT_UNIT = 21, 24, 32, 40, 48
 NUM_ARGUMENTS = NEXT_UNIT + shares.WORDS
 BYTES = 8  # of an int64
 
@@ -56,6 +56,13 @@ WIDENED_BYTES = 2 * OUTPUTS  # for each input
 @compiled
 def _padded(n: int, multiple: int) -> int:
     return (n + multiple - 1) // multiple * multiple
+
+
+@compiled
+def _blocks(p: Pointer) -> int:
+    """Return how many blocks a row of inputs has."""
+    blocks: int = (p[IN_FEATURES] + p[BLOCK] - 1) // p[BLOCK]
+    return blocks
 
 
 @compiled
@@ -80,30 +87,38 @@ def _largest(bits: Pointer, at: int, n: int) -> Float32:
 
 
 @compiled
-def _round_row(arguments: int, row: int, scratch: int) -> None:
-    """Set a row's 16-bit integers and its scale for each block."""
+def _round_block(arguments: int, tile: int, block: int, scratch: int) -> None:
+    """Set the 16-bit integers and scales of one block of inputs, for all rows of a tile.
+
+    They lie row by row in every cache line, so threads that shared a tile out by rows would write to the same lines.
+    """
     p = i64_at(arguments)
-    n, first = p[IN_FEATURES], row // MOST_ROWS * MOST_ROWS
-    tile, padded = _tile_rows(p[ROWS] - first), _padded(n, INPUTS_AT_ONCE)
-    blocks = (n + p[BLOCK] - 1) // p[BLOCK]
-    x, tail = f32_at(p[X] + 4 * row * n), f32_at(scratch + TAIL)
-    to = p[X16] + 2 * first * padded + 4 * (row - first)
-    scales = f32_at(p[X_SCALES] + 4 * (first * blocks + row - first))
-    bits, unit = i32_at(p[X] + 4 * row * n), np.float32(f64_at(arguments)[UNIT])
-    for block in range(blocks):
-        start, end = block * p[BLOCK], min(n, (block + 1) * p[BLOCK])
-        whole = end - (end - start) % INPUTS_AT_ONCE
-        i32_at(scratch)[0] = _largest(bits, start, end - start)
+    n, first = p[IN_FEATURES], tile * MOST_ROWS
+    rows, padded = _tile_rows(p[ROWS] - first), _padded(n, INPUTS_AT_ONCE)
+    start, end = block * p[BLOCK], min(n, (block + 1) * p[BLOCK])
+    to, unit = p[X16] + 2 * first * padded, np.float32(f64_at(arguments)[UNIT])
+    scales = f32_at(p[X_SCALES] + 4 * (first * _blocks(p) + block * rows))
+    for row in range(min(rows, p[ROWS] - first)):
+        at = p[X] + 4 * (first + row) * n
+        i32_at(scratch)[0] = _largest(i32_at(at), start, end - start)
         largest = f32_at(scratch)[0]
+        scales[row] = largest * unit
         factor = np.float32(p[LARGEST]) / max(largest, np.float32(1e-30))
-        scales[block * tile] = largest * unit
-        for i in range(start, whole, INPUTS_AT_ONCE):
-            store_rounded(x, i, factor, to + 2 * i * tile, 4 * tile)
-        if whole < end:
-            fill(tail, 0, np.float32(0), INPUTS_AT_ONCE)
-            for i in range(whole, end):
-                tail[i - whole] = x[i]
-            store_rounded(tail, 0, factor, to + 2 * whole * tile, 4 * tile)
+        _round_row(f32_at(at), start, end, factor, to + 4 * row, 4 * rows, scratch)
+
+
+@compiled
+def _round_row(x: Pointer, start: int, end: int, factor: Float32, to: int, stride: int, scratch: int) -> None:
+    """Store x[start:end] times `factor` as integers: pairs `stride` bytes apart, the first of the row's at `to`."""
+    whole = end - (end - start) % INPUTS_AT_ONCE
+    for i in range(start, whole, INPUTS_AT_ONCE):
+        store_rounded(x, i, factor, to + i // 2 * stride, stride)
+    if whole < end:
+        tail = f32_at(scratch + TAIL)
+        fill(tail, 0, np.float32(0), INPUTS_AT_ONCE)
+        for i in range(whole, end):
+            tail[i - whole] = x[i]
+        store_rounded(tail, 0, factor, to + whole // 2 * stride, stride)
 
 
 @compiled
@@ -129,7 +144,7 @@ def _panel_tile(p: Pointer, panel: int, first: int, weights: int, step_bytes: in
     """Set the outputs of one panel for the rows of the tile that begins at row `first`."""
     n, left = p[IN_FEATURES], p[ROWS] - first
     tile, padded = _tile_rows(left), _padded(n, INPUTS_AT_ONCE)
-    x, x_scales = p[X16] + 2 * first * padded, p[X_SCALES] + 4 * first * ((n + p[BLOCK] - 1) // p[BLOCK])
+    x, x_scales = p[X16] + 2 * first * padded, p[X_SCALES] + 4 * first * _blocks(p)
     scales, sums = p[SCALES] + panel * p[PANEL_SCALES], f32_at(scratch)
     fill(sums, 0, np.float32(0), tile * OUTPUTS)
     start = 0
@@ -169,16 +184,18 @@ def _panel(p: Pointer, panel: int, first: int, end: int, scratch: int, like: Flo
 
 @compiled
 def _run(arguments: int, like: Float32) -> None:
-    """Round rows until none is left, then take panels; the type of `like` is that of the weights."""
+    """Round blocks until none is left, then take panels; the type of `like` is that of the weights."""
     p = i64_at(arguments)
     thread = atomic_add(arguments + NEXT_TICKET * BYTES, 1)
     scratch = p[SCRATCH] + p[SCRATCH_SIZE] * thread
-    row = atomic_add(arguments + NEXT_ROW * BYTES, 1)
-    while row < p[ROWS]:
-        _round_row(arguments, row, scratch)
-        atomic_add(arguments + ROWS_DONE * BYTES, 1)
-        row = atomic_add(arguments + NEXT_ROW * BYTES, 1)
-    while atomic_load(arguments + ROWS_DONE * BYTES) < p[ROWS]:
+    blocks = _blocks(p)
+    to_round = (p[ROWS] + MOST_ROWS - 1) // MOST_ROWS * blocks
+    unit = atomic_add(arguments + NEXT_ROUND * BYTES, 1)
+    while unit < to_round:
+        _round_block(arguments, unit // blocks, unit % blocks, scratch)
+        atomic_add(arguments + ROUNDED * BYTES, 1)
+        unit = atomic_add(arguments + NEXT_ROUND * BYTES, 1)
+    while atomic_load(arguments + ROUNDED * BYTES) < to_round:
         pass
     panels, rows = (p[OUT_FEATURES] + OUTPUTS - 1) // OUTPUTS, p[TILES_PER_UNIT] * MOST_ROWS
     unit = shares.take(arguments + NEXT_UNIT * BYTES, p[UNITS], p[SHARES], thread)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from loraplex.server.native.pages import copy_to_huge_pages
+
 OUTPUTS = 16
 INPUTS = 16  # rows are filled up to a multiple
 STEP = 8  # inputs whose 4-bit codes lie together
@@ -17,7 +19,7 @@ def pack(codes: torch.Tensor) -> torch.Tensor:
     """Return integers (out, in), int8 or int16, as (panels, pairs of inputs, 16 outputs, 2)."""
     out_features, in_features = codes.shape
     filled = F.pad(codes, (0, -in_features % INPUTS, 0, -out_features % OUTPUTS))
-    return filled.view(-1, OUTPUTS, filled.shape[1] // 2, 2).transpose(1, 2).contiguous()
+    return copy_to_huge_pages(filled.view(-1, OUTPUTS, filled.shape[1] // 2, 2).transpose(1, 2))
 
 
 def unpack(packed: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
@@ -37,7 +39,7 @@ def pack_four_bit(codes: torch.Tensor) -> torch.Tensor:
     filled = F.pad(codes, (0, 0, 0, -len(codes) % OUTPUTS))
     a, b, c, d = filled.view(-1, OUTPUTS, filled.shape[1] // 4, 4).transpose(1, 2).unbind(-1)
     words = (a >> 4 | b & 0xF0, c >> 4 | d & 0xF0, a & 0xF | b << 4, c & 0xF | d << 4)
-    return torch.stack(words, dim=-1)
+    return copy_to_huge_pages(torch.stack(words, dim=-1))
 
 
 def unpack_four_bit(packed: torch.Tensor, out_features: int) -> torch.Tensor:
@@ -51,7 +53,7 @@ def unpack_four_bit(packed: torch.Tensor, out_features: int) -> torch.Tensor:
 def pack_scales(scales: torch.Tensor) -> torch.Tensor:
     """Return float32 scales (out, blocks) as (panels, blocks, 16)."""
     filled = F.pad(scales, (0, 0, 0, -len(scales) % OUTPUTS))
-    return filled.view(-1, OUTPUTS, filled.shape[1]).transpose(1, 2).contiguous()
+    return copy_to_huge_pages(filled.view(-1, OUTPUTS, filled.shape[1]).transpose(1, 2))
 
 
 def unpack_scales(packed: torch.Tensor, out_features: int) -> torch.Tensor:

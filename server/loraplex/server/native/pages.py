@@ -8,10 +8,14 @@ as fast. Linux gives such pages to who asks for them, where it has any; elsewher
 from __future__ import annotations
 
 import mmap
+import threading
 
 import torch
 
 HUGE_PAGE_BYTES = 2 << 20
+SLAB_BYTES = 8 * HUGE_PAGE_BYTES
+# Tensors in a slab begin at cache lines of their own, two of which the processor likes to fetch together.
+_ALIGNMENT = 128
 
 
 def zeros_on_huge_pages(nbytes: int) -> torch.Tensor:
@@ -31,3 +35,32 @@ def zeros_on_huge_pages(nbytes: int) -> torch.Tensor:
     except OSError:  # a kernel built without huge pages
         return torch.zeros(nbytes, dtype=torch.uint8)
     return everything[start : start + nbytes]
+
+
+class _Slabs:
+    """Huge pages that tensors share which are too small, or too odd, for pages of their own."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._slab = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, nbytes: int) -> torch.Tensor:
+        """Return (nbytes,) uint8 of the slab, or of a new one that takes its place."""
+        with self._lock:
+            padded = -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+            if len(self._slab) < padded:
+                self._slab = zeros_on_huge_pages(max(SLAB_BYTES, padded))
+            taken, self._slab = self._slab[:nbytes], self._slab[padded:]
+            return taken
+
+
+_slabs = _Slabs()
+
+
+def copy_to_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a contiguous copy of a tensor of the CPU, beside the copies made before it.
+
+    A slab's memory goes back to the system when all tensors in it have gone, so this is for what lives long.
+    """
+    memory = _slabs.take(tensor.nbytes).view(tensor.dtype).view(tensor.shape)
+    return memory.copy_(tensor)
