@@ -49,16 +49,19 @@ class Row:
 
 
 class Adapters:
-    """Makes the context of each pass for rows with adapters of their own."""
+    """Makes the context of each pass for rows with adapters of their own; `last_only` as in `PagedRows`."""
 
-    def __init__(self, rows: Sequence[Row], slots: Mapping[int, PackedAdapter], ops: LoraOps) -> None:
-        self._rows, self._slots, self._ops = rows, slots, ops
+    def __init__(
+        self, rows: Sequence[Row], slots: Mapping[int, PackedAdapter], ops: LoraOps, *, last_only: bool = False
+    ) -> None:
+        self._rows, self._slots, self._ops, self._last_only = rows, slots, ops, last_only
 
     def __call__(self, spans: Sequence[tuple[int, int, int]]) -> LoraContext | None:
         segments = build_segments(entry for span in spans for entry in self._entries(*span))
-        batch = LoraBatch(segments, segments)
-        prepared = self._ops.prepare(segments, self._slots)
-        return LoraContext(self._ops, prepared, prepared, find_overrides(batch, self._slots))
+        kept = [(row, first + count - 1, 1) for row, first, count in spans] if self._last_only else spans
+        batch = LoraBatch(segments, build_segments(entry for span in kept for entry in self._entries(*span)))
+        tokens, logits = (self._ops.prepare(part, self._slots) for part in (batch.segments, batch.logits_segments))
+        return LoraContext(self._ops, tokens, logits, find_overrides(batch, self._slots))
 
     def _entries(self, index: int, first: int, count: int) -> list[tuple[int, int | None, float]]:
         row = self._rows[index]
@@ -118,6 +121,24 @@ def assert_parity(name: str, tmp_path: Path, ops: LoraOps) -> None:
         assert (changes > 0.1) == (row.adapter is not None), f"{row.name} changes the logits by {changes}"
         difference = (torch.stack(logits) - expected).abs().max().item()
         assert difference < TOLERANCE, f"{row.name}: off by {difference}"
+    assert_the_last_tokens_alone_agree(model, rows, slots, ops, [logits[-1] for logits in paged.logits])
+
+
+def assert_the_last_tokens_alone_agree(
+    model: LoadedModel,
+    rows: Sequence[Row],
+    slots: Mapping[int, PackedAdapter],
+    ops: LoraOps,
+    expected: Sequence[torch.Tensor],
+) -> None:
+    """Where only the last tokens' logits are wanted, the decoder drops the others within its last layer."""
+    paged = PagedRows(model.decoder, [row.tokens for row in rows], model.dtype, last_only=True)
+    paged.advance(
+        {index: len(row.tokens) for index, row in enumerate(rows)}, Adapters(rows, slots, ops, last_only=True)
+    )
+    for row, (logits,), wanted in zip(rows, paged.logits, expected, strict=True):
+        difference = (logits - wanted).abs().max().item()
+        assert difference < TOLERANCE, f"{row.name}, last token alone: off by {difference}"
 
 
 @pytest.mark.parametrize("name", MODELS)

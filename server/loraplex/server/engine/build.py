@@ -28,6 +28,9 @@ from loraplex.server.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
+# Of a prompt that every kernel has something to do for, also those that leave short ones to others.
+WARM_UP_TOKENS = 16
+
 
 @dataclass(frozen=True)
 class EngineLimits:
@@ -151,10 +154,11 @@ def _warm_up(runner: ModelRunner, model: LoadedModel, dtype: torch.dtype, device
     }
     adapter = pack_adapter(BoundAdapter("warm-up", modules), model.decoder.sites, dtype, device)
     rows = []
-    for computed in (2, 0):
-        request = GenerationRequest("warm-up", (0, 0, 0), SamplingParams(seed=0), adapter_digest=adapter.digest)
+    prompt = (0,) * min(WARM_UP_TOKENS, model.max_model_len)
+    for computed in (len(prompt) - 1, 0):
+        request = GenerationRequest("warm-up", prompt, SamplingParams(seed=0), adapter_digest=adapter.digest)
         seq = Sequence(request, choice=0, arrival_s=0.0)
-        seq.block_table = [0, 0, 0]
+        seq.block_table = [0] * len(prompt)
         seq.num_computed_tokens = computed
         rows.append(ScheduledSequence(seq, seq.num_uncomputed_tokens))
     runner.run(rows, lambda digest: 0, {0: adapter})

@@ -7,7 +7,7 @@ checkpoints, requests or adapters' names; every matrix product is a numbered sit
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -83,11 +83,13 @@ class Decoder:
         x, rotation = self.inputs(batch, overrides)
         step = Step(batch, rotation, lora)
         layers, final_norm = self._parts.layers, self._parts.final_norm
+        wanted = None if len(batch.logits_indices) == len(batch.token_ids) else batch.logits_indices
         if overrides is not None:
-            layers = overridden_layers(layers, overrides.tokens)
+            layers = overridden_layers(layers, overrides, narrowed=wanted is not None)
             final_norm = overridden_norm(final_norm, FINAL_NORM, overrides.logits)
-        delta = self._run(layers, x, step, kv_cache)
-        return self._logits(final_norm(x.add_(delta)[batch.logits_indices]), lora)
+        x, delta = self._run(layers, x, step, kv_cache, wanted)
+        x.add_(delta)
+        return self._logits(final_norm(x[batch.logits_indices] if wanted is None else x), lora)
 
     def forward_all(self, x: torch.Tensor, step: Step, kv_cache: KVCache) -> torch.Tensor:
         """Return the logits after every token, without overrides, as `forward` does from its `inputs` on.
@@ -95,7 +97,7 @@ class Decoder:
         Shape:
             x: (T, hidden), changed in place; returns (T, vocab) float32.
         """
-        delta = self._run(self._parts.layers, x, step, kv_cache)
+        x, delta = self._run(self._parts.layers, x, step, kv_cache, None)
         return self._logits(self._parts.final_norm.add(x, delta), step.lora)
 
     def inputs(self, batch: Batch, overrides: Overrides | None) -> tuple[torch.Tensor, Rotation | None]:
@@ -104,15 +106,30 @@ class Decoder:
         rotation = None if rotary is None else rotary.rotation(batch.positions, max(batch.context_lens_cpu))
         return self._embed(batch, overrides), rotation
 
-    def _run(self, layers: Sequence[DecoderLayer], x: torch.Tensor, step: Step, kv_cache: KVCache) -> torch.Tensor:
-        """Run the layers on the residual stream `x`, in place; return what the last one has yet to add to it."""
-        delta: torch.Tensor | None = None
+    def _run(
+        self,
+        layers: Sequence[DecoderLayer],
+        x: torch.Tensor,
+        step: Step,
+        kv_cache: KVCache,
+        wanted: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the layers on the residual stream `x`, in place; return it and what the last one has yet to add to it.
+
+        With `wanted` (L,) only these tokens go on after the last layer's attention, and only they are returned: of the
+        others nothing but keys and values is needed, and they are most of a prompt.
+        """
+        lora, delta = step.lora, None
         for layer, cache in zip(layers, kv_cache.layers, strict=True):
             h = layer.input_norm(x) if delta is None else layer.input_norm.add(x, delta)
-            h = layer.mlp_norm.add(x, layer.attend(h, cache, step, self.attention))
-            delta = layer.mlp(h, step.lora)
+            mixed = layer.attend(h, cache, step, self.attention)
+            if wanted is not None and layer is layers[-1]:
+                x, mixed = x[wanted], mixed[wanted]
+                lora = None if lora is None else replace(lora, tokens=lora.logits)
+            h = layer.mlp_norm.add(x, layer.project(mixed, lora))
+            delta = layer.mlp(h, lora)
         assert delta is not None, "a decoder has layers"
-        return delta
+        return x, delta
 
     def _embed(self, batch: Batch, overrides: Overrides | None) -> torch.Tensor:
         x = F.embedding(batch.token_ids, self._parts.embedding).to(self.dtype)

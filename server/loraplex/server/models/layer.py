@@ -65,7 +65,7 @@ class DecoderLayer:
     head_dim: int
 
     def attend(self, h: torch.Tensor, cache: LayerKVCache, step: Step, attention: Attention) -> torch.Tensor:
-        """Return what attention adds to the residual stream; h is (T, hidden)."""
+        """Return attention's result before its last product, (T, heads * head_dim); h is (T, hidden)."""
         heads, keys = self.num_heads, self.num_heads + self.num_kv_heads
         qkv = self.qkv(h, step.lora).view(h.shape[0], keys + self.num_kv_heads, self.head_dim)
         qk, v = qkv[:, :keys], qkv[:, keys:]
@@ -74,7 +74,11 @@ class DecoderLayer:
         if step.rotation is not None:
             qk = step.rotation.apply(qk)
         mixed = attention(qk[:, :heads], qk[:, heads:], v, cache, step.batch, self.params)
-        out = self.o(mixed.view(h.shape[0], heads * self.head_dim), step.lora)
+        return mixed.view(h.shape[0], heads * self.head_dim)
+
+    def project(self, mixed: torch.Tensor, lora: LoraContext | None) -> torch.Tensor:
+        """Return what attention adds to the residual stream, for tokens of what `attend` returned."""
+        out = self.o(mixed, lora)
         return out if self.post_attention_norm is None else self.post_attention_norm(out)
 
     def mlp(self, h: torch.Tensor, lora: LoraContext | None) -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from loraplex.server.lora.changes import EmbeddingChanges
-from loraplex.server.lora.overrides import Ranges
+from loraplex.server.lora.overrides import Overrides, Ranges
 from loraplex.server.lora.segments import Segment
 from loraplex.server.models.layer import DecoderLayer
 from loraplex.server.models.norm_places import QK_NORM, layer_place
@@ -47,25 +47,41 @@ def overridden_norm(base: Norm, place: str, ranges: Ranges) -> Norm:
     return OverriddenNorm(base, own) if own else base
 
 
-def overridden_layers(layers: Sequence[DecoderLayer], ranges: Ranges) -> tuple[DecoderLayer, ...]:
-    """Return the layers with the norms that adapters in `ranges` have."""
-    return tuple(_overridden(layer, index, ranges) for index, layer in enumerate(layers))
+def overridden_layers(
+    layers: Sequence[DecoderLayer], overrides: Overrides, *, narrowed: bool
+) -> tuple[DecoderLayer, ...]:
+    """Return the layers with the norms that adapters have.
+
+    Args:
+        layers: all of the decoder's.
+        overrides: where adapters have norms.
+        narrowed: whether only the rows that go on to the last norm are left after the last layer's attention.
+    """
+    last = len(layers) - 1
+    return tuple(
+        _overridden(
+            layer, index, overrides.tokens, overrides.logits if narrowed and index == last else overrides.tokens
+        )
+        for index, layer in enumerate(layers)
+    )
 
 
-def _overridden(layer: DecoderLayer, index: int, ranges: Ranges) -> DecoderLayer:
-    def own(field: str, norm: Norm) -> Norm:
+def _overridden(layer: DecoderLayer, index: int, before: Ranges, after: Ranges) -> DecoderLayer:
+    """Return the layer with the norms of `before` up to its attention, and those of `after` from then on."""
+
+    def own(field: str, norm: Norm, ranges: Ranges) -> Norm:
         return overridden_norm(norm, layer_place(index, field), ranges)
 
-    def own_if_any(field: str, norm: Norm | None) -> Norm | None:
-        return None if norm is None else own(field, norm)
+    def own_if_any(field: str, norm: Norm | None, ranges: Ranges) -> Norm | None:
+        return None if norm is None else own(field, norm, ranges)
 
     return replace(
         layer,
-        input_norm=own("input_norm", layer.input_norm),
-        qk_norm=own_if_any(QK_NORM, layer.qk_norm),
-        post_attention_norm=own_if_any("post_attention_norm", layer.post_attention_norm),
-        mlp_norm=own("mlp_norm", layer.mlp_norm),
-        post_mlp_norm=own_if_any("post_mlp_norm", layer.post_mlp_norm),
+        input_norm=own("input_norm", layer.input_norm, before),
+        qk_norm=own_if_any(QK_NORM, layer.qk_norm, before),
+        post_attention_norm=own_if_any("post_attention_norm", layer.post_attention_norm, after),
+        mlp_norm=own("mlp_norm", layer.mlp_norm, after),
+        post_mlp_norm=own_if_any("post_mlp_norm", layer.post_mlp_norm, after),
     )
 
 
