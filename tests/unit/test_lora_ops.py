@@ -10,12 +10,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from loraplex.server.lora.ops.cpu import CpuLoraOps
+from loraplex.server.lora.ops.cpu import MAX_KERNEL_WORK, CpuLoraOps
 from loraplex.server.lora.ops.interface import make_lora_ops
 from loraplex.server.lora.ops.reference import ReferenceLoraOps
 from loraplex.server.lora.ops.triton import TritonLoraOps
 from loraplex.server.lora.segments import Segment
-from tests.unit.lora_cases import CPU, FLOATS, SITES, Case, adapter, call, cases, rows_by_popularity, slots_of
+from tests.unit.lora_cases import CPU, FLOATS, SITES, Case, adapter, call, cases, rows_by_popularity, site, slots_of
 
 # Largest allowed difference from the reference, relative to the largest output; by the dtype of y. The sums are in
 # float32 either way; a bfloat16 result may be rounded to the other neighbour.
@@ -97,6 +97,32 @@ def test_a_row_is_the_same_to_the_bit_alone_and_in_company(rows: int, weights: t
                 torch.set_num_threads(threads)
                 solo = call(CpuLoraOps(), alone, index, x[row : row + 1], y[row : row + 1])
                 assert torch.equal(solo[0], together[row]), (s.name, row, threads)
+
+
+@pytest.mark.parametrize("weights", FLOATS)
+@pytest.mark.parametrize("length", [2, 3, 4, 7, 16, 17, 37])
+def test_a_row_is_the_same_to_the_bit_beside_rows_of_its_own_adapter(length: int, weights: torch.dtype) -> None:
+    sites = (*SITES, site("wide", 45, 700, 31))
+    slots = slots_of([9, 34], weights, sites)
+    company = Case(sites, slots, (Segment(0, 1, 0), Segment(1, 1 + length, 1)), 1 + length)
+    for index, s in enumerate(sites):
+        x, y = torch.randn(1 + length, s.in_features), torch.randn(1 + length, s.out_features)
+        alone = torch.cat(
+            [
+                call(CpuLoraOps(), Case(sites, slots, (Segment(0, 1, min(row, 1)),), 1), index, x[[row]], y[[row]])
+                for row in range(1 + length)
+            ]
+        )
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            assert torch.equal(call(CpuLoraOps(), company, index, x, y), alone), (s.name, threads)
+
+
+def test_a_segment_that_goes_to_matrix_products() -> None:
+    for weights in FLOATS:
+        length = 1 + MAX_KERNEL_WORK // 64
+        segments = (Segment(0, 1, 0), Segment(1, 1 + length, 1, 0.25), Segment(1 + length, 2 + length, 0))
+        assert_same_as_reference(Case(SITES, slots_of([8, 64], weights), segments, length + 2), torch.float32)
 
 
 def test_tokens_without_adapter_and_untouched_sites_stay_as_they_are() -> None:

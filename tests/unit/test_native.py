@@ -15,7 +15,7 @@ from loraplex.server.native.lane_math import keep_between, maximum, transpose
 from loraplex.server.native.product import ROWS, WIDTH, add_product, set_product
 from loraplex.server.native.simd import LANES, load, splat, store
 from loraplex.server.native.team import Kernel, find_gomp_parallel
-from loraplex.server.native.vector import axpy, axpy4, dot, dot4, exp, exp_lanes, tanh, weighted_rows
+from loraplex.server.native.vector import axpy, dot, dot4, exp, exp_lanes, tanh, weighted_rows
 
 
 def _round_trip(arguments: int) -> None:
@@ -33,7 +33,7 @@ def _functions(arguments: int) -> None:
 
 
 def _products(arguments: int) -> None:
-    """Rows of n: w (5, n), x (4, n); out: four dots, one dot, then sums (4, n) and (n,)."""
+    """Rows of n: w (5, n), x (4, n); out: four dots, one dot, then two rows of sums."""
     p = i64_at(arguments)
     n, w, x, out, sums = p[0], f32_at(p[1]), f32_at(p[2]), f32_at(p[3]), f32_at(p[4])
     s0, s1, s2, s3 = dot4(w, 0, x, 0, n, n)
@@ -42,9 +42,8 @@ def _products(arguments: int) -> None:
     out[2] = s2
     out[3] = s3
     out[4] = dot(w, 4 * n, x, n, n)
-    axpy4(w, n, (out[0], out[1], out[2], out[3]), sums, 0, n, n)
-    axpy(w, 2 * n, out[4], sums, n, n)
-    weighted_rows(w, 0, n, out, 0, 5, sums, 4 * n, n)
+    axpy(w, 2 * n, out[4], sums, 0, n)
+    weighted_rows(w, 0, n, out, 0, 5, sums, n, n)
 
 
 def _exponentials(arguments: int) -> None:
@@ -152,12 +151,11 @@ def test_exp_and_tanh() -> None:
 def test_products(n: int) -> None:
     generator = torch.Generator().manual_seed(n)
     w, x = torch.randn(5, n, generator=generator), torch.randn(4, n, generator=generator)
-    out, sums = torch.zeros(5), torch.ones(5, n)
+    out, sums = torch.zeros(5), torch.ones(2, n)
     run(_products, n, w.data_ptr(), x.data_ptr(), out.data_ptr(), sums.data_ptr())
     expected = torch.cat([x @ w[0], (w[4] @ x[1])[None]])
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
-    expected_sums = 1 + torch.cat([out[:4, None] * w[1], (out @ w)[None]])
-    expected_sums[1] += out[4] * w[2]
+    expected_sums = 1 + torch.stack([out[4] * w[2], out @ w])
     torch.testing.assert_close(sums, expected_sums, rtol=1e-5, atol=1e-4)
 
 

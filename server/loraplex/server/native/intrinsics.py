@@ -60,6 +60,16 @@ def pointer_like(typing_context: Any, address: Any, like: Any) -> Any:
     return types.CPointer(like)(types.int64, like), generate
 
 
+@instruction
+def item_bytes(typing_context: Any, pointer: Any) -> Any:
+    """Return the bytes of what the pointer points to, a constant."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return ir.Constant(ir.IntType(64), pointer.dtype.bitwidth // 8)
+
+    return types.int64(pointer), generate
+
+
 def _like(value: Any, element: Any) -> Any:
     """Return the LLVM type `element`, as a vector if `value` is one."""
     return ir.VectorType(element, value.type.count) if isinstance(value.type, ir.VectorType) else element

@@ -60,6 +60,97 @@ def load(typing_context: Any, pointer: Any, index: Any) -> Any:
     return lanes_type(pointer, types.int64), generate
 
 
+def _first(builder: Any, count: Any, lanes: int) -> Any:
+    """Build the mask of the first `count` of so many lanes."""
+    numbers = ir.Constant(ir.VectorType(ir.IntType(64), lanes), list(range(lanes)))
+    one = builder.insert_element(ir.Constant(numbers.type, ir.Undefined), count, _INDEX(0))
+    return builder.icmp_signed("<", numbers, _shuffle(builder, one, one, [0] * lanes))
+
+
+def _masked_load(builder: Any, pointer: Any, mask: Any, kind: Any) -> Any:
+    address = builder.bitcast(pointer, kind.as_pointer())
+    arguments = [address, _INDEX(2 if kind.element == ir.IntType(16) else 4), mask, ir.Constant(kind, None)]
+    name = f"llvm.masked.load.v{kind.count}{'i16' if kind.element == ir.IntType(16) else 'f32'}.p0"
+    signature = ir.FunctionType(kind, [argument.type for argument in arguments])
+    return builder.call(cgutils.get_or_insert_function(builder.module, signature, name), arguments)
+
+
+def _two(context: Any, builder: Any, signature: Any, values: list[Any]) -> Any:
+    return context.make_tuple(builder, signature.return_type, values)
+
+
+def _split_bits(builder: Any, halves: Any) -> list[Any]:
+    """Build the even and the odd ones of 32 bfloat16: two instructions, where 16 in their order take two each."""
+    words = builder.bitcast(halves, ir.VectorType(_INDEX, LANES))
+    even = builder.shl(words, ir.Constant(words.type, [16] * LANES))
+    odd = builder.and_(words, ir.Constant(words.type, [0xFFFF0000] * LANES))
+    return [builder.bitcast(word, _LANES_TYPE) for word in (even, odd)]
+
+
+@instruction
+def load_two(typing_context: Any, pointer: Any, index: Any) -> Any:
+    """Return pointer[index:index + 32] as float32: of bfloat16 the even and the odd ones, of float32 both halves."""
+    half = pointer.dtype == types.uint16
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        address = builder.gep(args[0], [args[1]])
+        if half:
+            kind = ir.VectorType(ir.IntType(16), 2 * LANES)
+            values = _split_bits(builder, builder.load(builder.bitcast(address, kind.as_pointer()), align=2))
+        else:
+            places = [address, builder.gep(address, [_INDEX(LANES)])]
+            values = [builder.load(builder.bitcast(place, _LANES_TYPE.as_pointer()), align=4) for place in places]
+        return _two(context, builder, signature, values)
+
+    return types.UniTuple(lanes_type, 2)(pointer, types.int64), generate
+
+
+@instruction
+def load_two_of(typing_context: Any, pointer: Any, index: Any, count: Any) -> Any:
+    """As `load_two`, reading only the first `count` numbers; the others are zeros."""
+    half = pointer.dtype == types.uint16
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        address, mask = builder.gep(args[0], [args[1]]), _first(builder, args[2], 2 * LANES)
+        kind = ir.VectorType(ir.IntType(16) if half else _FLOAT, 2 * LANES)
+        loaded = _masked_load(builder, address, mask, kind)
+        low, high = list(range(LANES)), list(range(LANES, 2 * LANES))
+        values = (
+            _split_bits(builder, loaded)
+            if half
+            else [_shuffle(builder, loaded, loaded, order) for order in (low, high)]
+        )
+        return _two(context, builder, signature, values)
+
+    return types.UniTuple(lanes_type, 2)(pointer, types.int64, types.int64), generate
+
+
+@instruction
+def split_like(typing_context: Any, low: Any, high: Any, like: Any) -> Any:
+    """Return 32 float32 in the order in which `load_two` returns what `like` points to."""
+    half = like.dtype == types.uint16
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        even, odd = list(range(0, 2 * LANES, 2)), list(range(1, 2 * LANES, 2))
+        values = [_shuffle(builder, args[0], args[1], order) for order in (even, odd)] if half else list(args[:2])
+        return _two(context, builder, signature, values)
+
+    return types.UniTuple(lanes_type, 2)(lanes_type, lanes_type, like), generate
+
+
+@instruction
+def join_like(typing_context: Any, first: Any, second: Any, like: Any) -> Any:
+    """Return what `split_like` took, from what it returned."""
+    half = like.dtype == types.uint16
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        orders = [[i // 2 + i % 2 * LANES for i in range(start, start + LANES)] for start in (0, LANES)]
+        values = [_shuffle(builder, args[0], args[1], order) for order in orders] if half else list(args[:2])
+        return _two(context, builder, signature, values)
+
+    return types.UniTuple(lanes_type, 2)(lanes_type, lanes_type, like), generate
+
+
 @instruction
 def store(typing_context: Any, pointer: Any, index: Any, value: Any) -> Any:
     """Set pointer[index:index + 16]; rounds where the pointer is to the bits of bfloat16."""
@@ -95,6 +186,16 @@ def fma(typing_context: Any, a: Any, b: Any, c: Any) -> Any:
         return builder.call(function, args)
 
     return lanes_type(lanes_type, lanes_type, lanes_type), generate
+
+
+@instruction
+def add(typing_context: Any, a: Any, b: Any) -> Any:
+    """Return a + b."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.fadd(args[0], args[1])
+
+    return lanes_type(lanes_type, lanes_type), generate
 
 
 @instruction

@@ -32,13 +32,13 @@ def compiled_without_nan(function: _Function) -> _Function:
     return _compile(function, {"reassoc", "contract", "nsz", "nnan"})
 
 
-def _inlined(function: _Function) -> _Function:
+def inlined(function: _Function) -> _Function:
     """As `compiled`, and always made part of the caller: for what is called for every few numbers."""
     return _compile(function, {"reassoc", "contract", "nsz"}, forceinline=True)
 
 
 def _inlined_in_order(function: _Function) -> _Function:
-    """As `_inlined`, without leave to reorder anything."""
+    """As `inlined`, without leave to reorder anything."""
     return _compile(function, {"contract"}, forceinline=True)
 
 
@@ -56,7 +56,7 @@ _EXP_MIN = np.float32(-87.0)
 _EXP_MAX = np.float32(88.0)
 
 
-@_inlined
+@inlined
 def dot(w: Pointer, row: int, x: Pointer, at: int, n: int) -> Float32:
     """Return w[row:] . x[at:] over n elements."""
     a = b = c = d = splat(np.float32(0))
@@ -78,7 +78,7 @@ def dot(w: Pointer, row: int, x: Pointer, at: int, n: int) -> Float32:
     return s
 
 
-@_inlined
+@inlined
 def dot4(w: Pointer, row: int, x: Pointer, at: int, stride: int, n: int) -> tuple[Float32, Float32, Float32, Float32]:
     """Return the dot products of one row of `w` with four rows of `x`; each `w` is read and widened once."""
     second, third, fourth = at + stride, at + 2 * stride, at + 3 * stride
@@ -102,7 +102,7 @@ def dot4(w: Pointer, row: int, x: Pointer, at: int, stride: int, n: int) -> tupl
     return s0, s1, s2, s3
 
 
-@_inlined
+@inlined
 def axpy(w: Pointer, row: int, h: Float32, sums: Pointer, at: int, n: int) -> None:
     """Add h * w[row:] to sums[at:] over n elements."""
     factor, i = splat(h), 0
@@ -114,29 +114,7 @@ def axpy(w: Pointer, row: int, h: Float32, sums: Pointer, at: int, n: int) -> No
         i += 1
 
 
-@_inlined
-def axpy4(w: Pointer, row: int, h: tuple[Float32, ...], sums: Pointer, at: int, stride: int, n: int) -> None:
-    """Add h[k] * w[row:] to four rows of `sums`; each `w` is read and widened once."""
-    second, third, fourth = at + stride, at + 2 * stride, at + 3 * stride
-    a, b, c, d = splat(h[0]), splat(h[1]), splat(h[2]), splat(h[3])
-    i = 0
-    while i + LANES <= n:
-        v = load(w, row + i)
-        store(sums, at + i, fma(a, v, load(sums, at + i)))
-        store(sums, second + i, fma(b, v, load(sums, second + i)))
-        store(sums, third + i, fma(c, v, load(sums, third + i)))
-        store(sums, fourth + i, fma(d, v, load(sums, fourth + i)))
-        i += LANES
-    while i < n:
-        u = widen(w[row + i])
-        sums[at + i] += h[0] * u
-        sums[second + i] += h[1] * u
-        sums[third + i] += h[2] * u
-        sums[fourth + i] += h[3] * u
-        i += 1
-
-
-@_inlined
+@inlined
 def weighted_rows(
     w: Pointer, row: int, stride: int, h: Pointer, h_at: int, rows: int, sums: Pointer, at: int, n: int
 ) -> None:
@@ -164,14 +142,14 @@ def weighted_rows(
             axpy(w, row + j * stride + i, h[h_at + j], sums, at + i, n - i)
 
 
-@_inlined
+@inlined
 def fill(x: Pointer, at: int, value: Float32, n: int) -> None:
     """Set n elements."""
     for i in range(n):
         x[at + i] = value
 
 
-@_inlined
+@inlined
 def copy_scaled(source: Pointer, at: int, factor: Float32, to: Pointer, to_at: int, n: int) -> None:
     """Set to[to_at:] = factor * source[at:] over n elements, each side float32 or bfloat16."""
     for i in range(n):

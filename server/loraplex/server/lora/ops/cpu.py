@@ -21,13 +21,14 @@ from loraplex.server.lora.ops.interface import adapters_of
 from loraplex.server.lora.ops.site_changes import add_biases, change_output
 from loraplex.server.lora.segments import Segment
 from loraplex.server.lora.weights import PackedAdapter, SliceWeights
+from loraplex.server.native.low_rank import STEP, TOKENS
 from loraplex.server.native.program import StepArguments
 from loraplex.server.native.team import Kernel
 
-# Tokens times rank of a segment up to which the kernel beats torch's matrix products, whose calls cost more than they
-# compute. Measured over 30 layers, two segments, two threads: rank 64 with 16 tokens 47 ms against 66, with 32 tokens
-# 105 against 88; rank 8 with 128 tokens 55 against 93.
-MAX_KERNEL_WORK = 1024
+# Tokens times rank of a segment up to which the kernel does the work: any decode step, as a recorded one must not need
+# torch. Measured over 30 layers, one thread: rank 64 with 64 tokens 30 ms against 34 by torch's matrix products, rank
+# 256 with 256 tokens 434 against 414.
+MAX_KERNEL_WORK = 65536
 # The same sum over all segments from which on a second thread pays for being called.
 MIN_PARALLEL_WORK = 24
 # Tokens of a segment that are worth reading its weights for once more, in another thread.
@@ -144,7 +145,7 @@ def warm_up(weights: torch.dtype) -> None:
 
 def _is_short(segment: Segment, adapter: PackedAdapter) -> bool:
     tokens = segment.end - segment.start
-    return tokens * adapter.rank <= MAX_KERNEL_WORK and tokens <= kernel.MAX_TOKENS
+    return tokens * adapter.rank <= MAX_KERNEL_WORK
 
 
 def _add_long(y: torch.Tensor, x: torch.Tensor, segment: Segment, slices: Sequence[SliceWeights]) -> None:
@@ -160,13 +161,16 @@ def _add_long(y: torch.Tensor, x: torch.Tensor, segment: Segment, slices: Sequen
 
 
 def _divide(short: Sequence[tuple[Segment, PackedAdapter]], threads: int) -> list[tuple[Segment, PackedAdapter]]:
-    """Cut segments between threads if there are few; by four tokens at least, as the kernel takes them together."""
-    divided: list[tuple[Segment, PackedAdapter]] = []
-    for segment, adapter in short:
-        tokens = segment.end - segment.start
-        size = tokens if len(short) >= threads else max(MIN_TOKENS_APART, -(-tokens // (4 * threads)) * 4)
-        for start in range(segment.start, segment.end, size):
-            divided.append((replace(segment, start=start, end=min(segment.end, start + size)), adapter))
+    """Cut segments into units of the kernel, and smaller if there are too few of them for the threads."""
+    tokens = sum(segment.end - segment.start for segment, _ in short)
+    most = kernel.MAX_TOKENS
+    if len(short) < threads:
+        most = min(most, max(MIN_TOKENS_APART, -(-tokens // (TOKENS * threads)) * TOKENS))
+    divided = [
+        (replace(segment, start=start, end=min(segment.end, start + most)), adapter)
+        for segment, adapter in short
+        for start in range(segment.start, segment.end, most)
+    ]
     # The most work first, so that no thread begins it when the others are done.
     divided.sort(key=lambda entry: (entry[0].start - entry[0].end) * entry[1].rank)
     return divided
@@ -179,9 +183,9 @@ def _lay_out(
     rows = [(s.start, s.end - s.start, a.table.ctypes.data, a.table.shape[1]) for s, a in short]
     table = np.array(rows, dtype=np.int64).reshape(-1, kernel.SEGMENT_FIELDS)
     scales = np.array([segment.scale for segment, _ in short], dtype=np.float32)
-    hidden = max(((s.end - s.start) * a.rank for s, a in short), default=0)
+    floats = max(((s.end - s.start) * _token_floats(a) for s, a in short), default=0)
     # For all threads: a recorded step runs on all.
-    scratch = np.empty((torch.get_num_threads(), kernel.SUMS + hidden), dtype=np.float32)
+    scratch = np.empty((torch.get_num_threads(), kernel.SUMS + floats), dtype=np.float32)
     slices = max((row[3] for row in rows), default=1)
     # Whole segments where there are enough of them: one long walk through an adapter's memory.
     units, slices_per_unit = (1, slices) if threads == 1 or len(short) >= 2 * threads else (slices, 1)
@@ -191,6 +195,12 @@ def _lay_out(
         *(scratch.ctypes.data, scratch.strides[0]),
     )
     return arguments, (table, scales, scratch)
+
+
+def _token_floats(adapter: PackedAdapter) -> int:
+    """Return the scratch that the kernel needs for one token."""
+    most_inputs = int(adapter.extents[:, 0].max(initial=0))
+    return -(-most_inputs // STEP) * STEP + adapter.rank
 
 
 def _extents(adapters: Sequence[PackedAdapter]) -> tuple[tuple[int, int], ...]:

@@ -1,10 +1,11 @@
-"""The compiled part of the CPU LoRA operator: reads every A and B where it lies, once, in memory order.
+"""The compiled part of the CPU LoRA operator: reads every A and B where it lies, in memory order.
 
-A unit of work is a segment or, where there are few, one slice of one. Each output belongs to one unit and is summed in
-a fixed order, so the result depends neither on the number of threads nor on the other segments. A matrix row is walked
-from end to end for all tokens before the next one: with several rows at a time (tried: 2 and 4) the memory prefetchers
-lose the stream, and weights that are in no cache arrive up to 40 % slower. For the same reason a slice is never divided
-between threads (tried: A by rows and B by columns; two threads were then no faster than one).
+A unit of work is up to MAX_TOKENS tokens of a segment or, where there are few, one slice for them. Each output belongs
+to one unit and is summed in a fixed order, so the result depends neither on the number of threads nor on other tokens.
+For one token a matrix row is walked from end to end before the next one: with several rows at a time (tried: 2 and 4,
+also with prefetches from 1 to 16 KiB ahead) weights that are in no cache arrive up to 40 % slower. For the same reason
+a slice is never divided between threads (tried: A by rows and B by columns; two threads were then no faster than one).
+Several tokens do enough with each number for rows to be taken side by side, and sums stay in registers.
 """
 
 from __future__ import annotations
@@ -18,13 +19,16 @@ from loraplex.server.native.intrinsics import (
     atomic_add,
     f32_at,
     i64_at,
+    item_bytes,
     narrow,
     pointer_like,
     u16_at,
     widen,
 )
+from loraplex.server.native.low_rank import ROWS, STEP, TOKENS, add_four_rows, add_row, dot, dots_of_four, set_row
+from loraplex.server.native.simd import LANES, join_like, load, load_two_of, split_like, store
 from loraplex.server.native.team import Kernel
-from loraplex.server.native.vector import Float32, Pointer, axpy, axpy4, compiled, dot, dot4, fill
+from loraplex.server.native.vector import Float32, Pointer, compiled
 
 # The argument block, an int64 each. Every call writes the first CALL_FIELDS and zeroes the counters, which lie on cache
 # lines of their own because all threads write them; the rest is written once a step.
@@ -42,29 +46,59 @@ SEGMENT_FIELDS = 4
 A, B_T, RANK, COLUMN, WIDTH, FACTORS, SCALED_BIAS = range(7)
 SLICE_FIELDS = 7
 
-# A thread's scratch holds, in float32: SUMS sums (16 KiB, half of a first-level cache), then x A^T (tokens, rank).
+# A thread's scratch holds, in float32: SUMS sums (16 KiB, half of a first-level cache), then the unit's inputs (tokens,
+# in_features padded to steps), then x A^T (tokens, rank).
 SUMS = 4096
-MAX_TOKENS = 256  # of a segment, so that SUMS divides into whole cache lines
+MAX_TOKENS = 16  # of a unit, so that its inputs stay in the second-level cache
 BYTES = 8  # of an int64
 
 
 @compiled
-def _shrink(p: Pointer, segment: Pointer, a: Pointer, rank: int, hidden: Pointer) -> None:
-    """Set hidden[t, r] = x[t] . a[r] for all tokens of the segment."""
-    n, stride, tokens = p[IN_FEATURES], p[X_STRIDE], segment[COUNT]
-    x, first = f32_at(p[X]), segment[START] * p[X_STRIDE]
-    for r in range(rank):
-        t = 0
-        while t + 4 <= tokens:
-            s0, s1, s2, s3 = dot4(a, r * n, x, first + t * stride, stride, n)
-            hidden[t * rank + r] = s0
-            hidden[(t + 1) * rank + r] = s1
-            hidden[(t + 2) * rank + r] = s2
-            hidden[(t + 3) * rank + r] = s3
-            t += 4
-        while t < tokens:
-            hidden[t * rank + r] = dot(a, r * n, x, first + t * stride, n)
-            t += 1
+def _padded(n: int) -> int:
+    """Return n, rounded up to a multiple of STEP."""
+    return (n + STEP - 1) // STEP * STEP
+
+
+@compiled
+def _copy_inputs(p: Pointer, first: int, tokens: int, inputs: Pointer, like: Pointer) -> None:
+    """Set `inputs` to the tokens' numbers of x, each filled up to whole steps, in the order of `like`'s matrices."""
+    n = p[IN_FEATURES]
+    padded, whole = _padded(n), n - n % STEP
+    for t in range(tokens):
+        x, at, to = f32_at(p[X]), (first + t) * p[X_STRIDE], t * padded
+        for k in range(0, whole, STEP):
+            even, odd = split_like(load(x, at + k), load(x, at + k + LANES), like)
+            store(inputs, to + k, even)
+            store(inputs, to + k + LANES, odd)
+        if whole < n:
+            v0, v1 = load_two_of(x, at + whole, n - whole)
+            even, odd = split_like(v0, v1, like)
+            store(inputs, to + whole, even)
+            store(inputs, to + whole + LANES, odd)
+
+
+@compiled
+def _shrink(a: Pointer, rank: int, n: int, inputs: Pointer, tokens: int, hidden: Pointer, ahead: int) -> None:
+    """Set hidden[t, r] = inputs[t] . a[r]; asks for memory from the address `ahead` on where it takes four tokens."""
+    padded, fours = _padded(n), tokens - tokens % TOKENS
+    for r in range(0, rank, 2):
+        second, there = min(r + 1, rank - 1), ahead + r * n * item_bytes(a)
+        for t in range(0, fours, TOKENS):
+            first, last = dots_of_four(a, r * n, second * n, inputs, t * padded, padded, n, there)
+            _set(hidden, t * rank + r, rank, first)
+            _set(hidden, t * rank + second, rank, last)
+        if fours < tokens:
+            for each in range(r, second + 1):
+                for t in range(fours, tokens):
+                    hidden[t * rank + each] = dot(a, each * n, inputs, t * padded, n)
+
+
+@compiled
+def _set(hidden: Pointer, at: int, rank: int, values: tuple[Float32, Float32, Float32, Float32]) -> None:
+    hidden[at] = values[0]
+    hidden[at + rank] = values[1]
+    hidden[at + 2 * rank] = values[2]
+    hidden[at + 3 * rank] = values[3]
 
 
 @compiled
@@ -97,35 +131,45 @@ def _write(y: Pointer, at: int, sums: Pointer, token: int, scale: Float32, n: in
 
 
 @compiled
-def _expand_tile(b: Pointer, b_at: int, width: int, h: Pointer, rank: int, tokens: int, sums: Pointer, n: int) -> None:
-    """Set sums[t, :n] = sum over r of h[t, r] * b[r, :n]; b's rows are `width` long, those of sums `n`."""
-    fill(sums, 0, np.float32(0), tokens * n)
-    for r in range(rank):
-        row, t = b_at + r * width, 0
-        while t + 4 <= tokens:
-            at = t * rank + r
-            weights = (h[at], h[at + rank], h[at + 2 * rank], h[at + 3 * rank])
-            axpy4(b, row, weights, sums, t * n, n, n)
-            t += 4
-        while t < tokens:
-            axpy(b, row, h[t * rank + r], sums, t * n, n)
-            t += 1
+def _expand_tile(
+    b: Pointer, column: int, n: int, width: int, rank: int, hidden: Pointer, tokens: int, sums: Pointer, ahead: int
+) -> None:
+    """Set sums[t, :n] = sum over r of hidden[t, r] * b[r, column : column + n]; rows of sums are filled up to steps."""
+    stride, r = _padded(n), 1
+    for t in range(tokens):
+        set_row(b, column, hidden[t * rank], sums, t * stride, n)
+    while tokens > 1 and r + ROWS <= rank:
+        there = ahead + r * n * item_bytes(b)
+        add_four_rows(b, r * width + column, width, hidden, r, rank, sums, stride, tokens, n, there)
+        r += ROWS
+    while r < rank:
+        for t in range(tokens):
+            add_row(b, r * width + column, hidden[t * rank + r], sums, t * stride, n)
+        r += 1
+    for i in range(0, tokens * stride, STEP):
+        low, high = join_like(load(sums, i), load(sums, i + LANES), b)
+        store(sums, i, low)
+        store(sums, i + LANES, high)
 
 
 @compiled
-def _expand(p: Pointer, segment: Pointer, s: Pointer, b: Pointer, scale: Float32, scratch: int) -> None:
+def _expand(
+    p: Pointer, segment: Pointer, s: Pointer, b: Pointer, scale: Float32, scratch: tuple[Pointer, Pointer]
+) -> None:
     """Add scale * hidden b to y for all tokens of the segment, after DoRA's factors or with a bias on B."""
     width, tokens, column = s[WIDTH], segment[COUNT], 0
-    sums, hidden = f32_at(scratch), f32_at(scratch + 4 * SUMS)
+    sums, hidden = scratch
     while column < width:
-        n = min(width - column, SUMS // tokens)
-        _expand_tile(b, column, width, hidden, s[RANK], tokens, sums, n)
+        n = min(width - column, SUMS // tokens // STEP * STEP)
+        ahead = s[B_T] + s[RANK] * (width + column) * item_bytes(b)
+        _expand_tile(b, column, n, width, s[RANK], hidden, tokens, sums, ahead)
+        stride = _padded(n)
         for t in range(tokens):
             at = (segment[START] + t) * p[Y_STRIDE] + s[COLUMN] + column
             if p[Y_IS_BF16]:
-                _write(u16_at(p[Y]), at, sums, t * n, scale, n, s, column)
+                _write(u16_at(p[Y]), at, sums, t * stride, scale, n, s, column)
             else:
-                _write(f32_at(p[Y]), at, sums, t * n, scale, n, s, column)
+                _write(f32_at(p[Y]), at, sums, t * stride, scale, n, s, column)
         column += n
 
 
@@ -134,11 +178,19 @@ def _unit(p: Pointer, unit: int, scratch: int, weight: Float32) -> None:
     """Do one unit: units count through segments, then groups of slices."""
     index, first = unit // p[UNITS_PER_SEGMENT], unit % p[UNITS_PER_SEGMENT] * p[SLICES_PER_UNIT]
     segment = i64_at(p[SEGMENTS] + index * SEGMENT_FIELDS * BYTES)
+    tokens, n = segment[COUNT], p[IN_FEATURES]
+    sums, inputs = f32_at(scratch), f32_at(scratch + 4 * SUMS)
+    hidden = f32_at(scratch + 4 * (SUMS + tokens * _padded(n)))
+    is_copied = False
     for position in range(first, min(first + p[SLICES_PER_UNIT], segment[SLICES])):
         s = i64_at(segment[TABLE] + (p[SITE] * segment[SLICES] + position) * SLICE_FIELDS * BYTES)
         if s[RANK] > 0:
-            _shrink(p, segment, pointer_like(s[A], weight), s[RANK], f32_at(scratch + 4 * SUMS))
-            _expand(p, segment, s, pointer_like(s[B_T], weight), f32_at(p[SCALES])[index], scratch)
+            a, b = pointer_like(s[A], weight), pointer_like(s[B_T], weight)
+            if not is_copied:
+                _copy_inputs(p, segment[START], tokens, inputs, a)
+                is_copied = True
+            _shrink(a, s[RANK], n, inputs, tokens, hidden, s[B_T])
+            _expand(p, segment, s, b, f32_at(p[SCALES])[index], (sums, hidden))
 
 
 @compiled
