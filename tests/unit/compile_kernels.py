@@ -25,6 +25,8 @@ from loraplex.server.attention import triton_kernel as attention
 from loraplex.server.attention.triton import MAX_PARTS, PART
 from loraplex.server.lora.ops import triton_kernel as lora
 from loraplex.server.lora.ops.triton_plan import TILE_SHAPES
+from loraplex.server.models import triton_four_bit_kernel as four_bit
+from loraplex.server.models.triton_four_bit import HALF, OUTPUTS
 
 H100 = GPUTarget("cuda", 90, 32)
 
@@ -131,8 +133,23 @@ def attention_variants() -> Iterator[Variant]:
             )
 
 
+def four_bit_variants() -> Iterator[Variant]:
+    types = {
+        **{"x": "*bf16", "codes": "*u8", "scales": "*fp32", "values": "*fp32", "out": "*fp32", "parts_of": "*fp32"},
+        **dict.fromkeys(("x_stride", "out_stride", "part_size", "tokens", "in_features", "out_features"), "i32"),
+        **dict.fromkeys(("padded_out", "chunks", "chunks_each", "size", "parts"), "i32"),
+    }
+    aligned = ("x", "x_stride", "codes", "scales", "values", "out", "out_stride", "in_features", "out_features")
+    for tokens in (16, 32, 64):
+        constants = {"OUTPUTS": OUTPUTS, "HALF": HALF, "BLOCK_T": tokens}
+        yield Variant(f"4-bit product, {tokens}", four_bit.four_bit_kernel, types, constants, aligned, 4, 3)
+    yield Variant(
+        "4-bit add_parts_kernel", four_bit.add_parts_kernel, types, {"BLOCK": 1024}, ("parts_of", "size", "out"), 4, 1
+    )
+
+
 def main() -> None:
-    for variant in (*lora_variants(), *attention_variants()):
+    for variant in (*lora_variants(), *attention_variants(), *four_bit_variants()):
         print(json.dumps(variant.compile()), flush=True)
 
 

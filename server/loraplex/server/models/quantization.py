@@ -5,12 +5,12 @@ bitsandbytes defines what quantized weights stand for, and it is imported only w
 | quantization | CPU, float32            | CPU, bfloat16                   | GPU                               |
 |--------------|-------------------------|---------------------------------|-----------------------------------|
 | none         | oneDNN's blocked layout | torch                           | torch                             |
-| nf4, fp4     | exact: dequantized      | panels, fused kernel, or exact  | bitsandbytes' kernels             |
+| nf4, fp4     | exact: dequantized      | panels, fused kernel, or exact  | bitsandbytes' kernels, and ours   |
 | int8         | exact: dequantized      | panels, 2 x 8 bits, or exact    | 8-bit activations; float32: exact |
 
 "Panels" are the products of 16-bit integers of `panel_linear`, on CPUs with AVX512-VNNI; "fused kernel" and "2 x 8
 bits" are what is left where those fail their check. lm_head has no quantization, but beside panels it is rounded to 13
-bits; see `make_head`.
+bits; see `make_head`. On a GPU our own kernel is for a busy server's decode steps; see `triton_four_bit`.
 """
 
 from __future__ import annotations
@@ -146,12 +146,26 @@ def _one_four_bit(matrix: FourBitMatrix, dtype: torch.dtype, execution: str) -> 
     device = matrix.codes.device
     if execution == "packed" and has_kernel(matrix.kind, dtype, device):
         if device.type != "cpu" and matrix.rows_are_whole:
-            return GpuFourBitLinear(matrix)
+            return gpu_four_bit(matrix, dtype)
         if device.type == "cpu" and panels_available(matrix.kind) and fits_panels(matrix):
             return FourBitPanelLinear(matrix)
         if device.type == "cpu" and fused_available(matrix.kind) and fits(matrix):
             return FusedFourBitLinear(matrix)
     return _dequantizing(matrix, dtype, device, execution)
+
+
+def gpu_four_bit(matrix: FourBitMatrix, dtype: torch.dtype) -> Linear:
+    """Return the product for activations of `dtype` on a GPU, by bitsandbytes' kernels, and ours.
+
+    Ours are for bfloat16 and some numbers of rows; they take a second copy of the codes. `matrix.rows_are_whole`.
+    """
+    linear = GpuFourBitLinear(matrix)
+    if dtype != torch.bfloat16:
+        return linear
+    # Imported here: only a GPU needs Triton.
+    from loraplex.server.models import triton_four_bit
+
+    return triton_four_bit.TritonFourBitLinear(matrix, linear) if triton_four_bit.fits(matrix) else linear
 
 
 def _int8_linear(matrices: Sequence[Int8Matrix], dtype: torch.dtype, execution: str) -> Linear:
