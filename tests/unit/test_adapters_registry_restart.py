@@ -88,7 +88,7 @@ def test_missing_weights_are_a_warning_and_can_be_registered_again(source: Path,
 
 
 def test_one_process_has_the_root(registry: AdapterRegistry, tmp_path: Path) -> None:
-    with pytest.raises(PreconditionError, match="in use by another server"):
+    with pytest.raises(PreconditionError, match="in use by another process"):
         AdapterRegistry(tmp_path / "root", tiny_base())
 
 

@@ -145,7 +145,7 @@ def lock_folder(folder: Path) -> BinaryIO:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         file.close()
-        raise PreconditionError(f"{folder} is in use by another server; give each its own folder") from error
+        raise PreconditionError(f"{folder} is in use by another process; give each its own folder") from error
     return file
 
 

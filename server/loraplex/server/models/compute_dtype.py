@@ -6,14 +6,13 @@ from pathlib import Path
 
 import torch
 
+from loraplex.adapters.cpu_info import CPU_INFO, cpu_has_bf16
 from loraplex.server.errors import ModelLoadError
 
 _NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_CPU_INFO = Path("/proc/cpuinfo")
-_BF16_FLAGS = {"avx512_bf16", "amx_bf16"}
 
 
-def compute_dtype(name: str, device: torch.device, cpu_info: Path = _CPU_INFO) -> torch.dtype:
+def compute_dtype(name: str, device: torch.device, cpu_info: Path = CPU_INFO) -> torch.dtype:
     """Return the dtype for "float32", "bfloat16", "float16", or for "auto" the best that `device` computes in.
 
     A CPU without bfloat16 instructions emulates them many times slower than float32.
@@ -23,7 +22,7 @@ def compute_dtype(name: str, device: torch.device, cpu_info: Path = _CPU_INFO) -
     """
     if name == "auto":
         if device.type == "cpu":
-            return torch.bfloat16 if _cpu_has_bf16(cpu_info) else torch.float32
+            return torch.bfloat16 if cpu_has_bf16(cpu_info) else torch.float32
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     if name not in _NAMES:
         raise ModelLoadError(f"unknown dtype {name!r}: auto, {', '.join(_NAMES)}")
@@ -39,12 +38,3 @@ def activation_dtype(compute: torch.dtype, device: torch.device) -> torch.dtype:
     KL of 2e-3 nats from exact NF4 against 7e-4 (SmolLM2). On a CPU float32 here is 2 ms of a step of 16 rows.
     """
     return torch.float32 if device.type == "cpu" else compute
-
-
-def _cpu_has_bf16(cpu_info: Path) -> bool:
-    try:
-        lines = cpu_info.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return False
-    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    return bool(_BF16_FLAGS & set(flags.split()))

@@ -1,0 +1,36 @@
+"""The most memory that a piece of work took: of this process on Linux, or on a GPU."""
+
+from __future__ import annotations
+
+import re
+import resource
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+_STATUS = Path("/proc/self/status")
+_CLEAR = Path("/proc/self/clear_refs")
+
+
+class PeakMemory:
+    """Measures from when it is made; on a CPU what the process held before counts too."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Begin. Where the kernel does not let the peak be reset, it is that of the process's life."""
+        self._device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        else:
+            with suppress(OSError):
+                _CLEAR.write_text("5")
+
+    def bytes(self) -> int:
+        """Return the peak so far."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        with suppress(OSError):
+            found = re.search(r"^VmHWM:\s+(\d+) kB", _STATUS.read_text(encoding="utf-8"), re.MULTILINE)
+            if found:
+                return int(found[1]) * 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
