@@ -16,13 +16,16 @@ DEV_READY := $(VENV)/.dev-ready
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo serve bench bench-cpu bench-adapters bench-merge bench-peers venv test lint pytest proto format clean distclean
+.PHONY: help demo demo-train serve bench bench-cpu bench-adapters bench-merge bench-peers venv test lint pytest proto format clean distclean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(RUN_READY) ## Serve three trained adapters from one NF4 model, add a fourth, merge one; writes bench/results/demo.json
 	$(BIN)/loraplex demo $(ARGS)
+
+demo-train: $(DEV_READY) ## Train a QLoRA adapter on the demo model, serve it, ask it; writes bench/results/train.json
+	$(BIN)/loraplex demo-train $(ARGS)
 
 serve: $(RUN_READY) ## Serve the demo model with the example adapters on 127.0.0.1:50051 (metrics on :8000)
 	$(BIN)/loraplex serve --model demo --quantization nf4 --adapters adapters/examples $(ARGS)

@@ -150,6 +150,7 @@ def test_traits_follow_from_the_config() -> None:
     ("key", "value"),
     [
         ("layer_replication", [[0, 4], [2, 5]]),
+        ("task_type", "SEQ_CLS"),
         ("megatron_config", {"tensor_parallel": 2}),
         ("target_parameters", ["experts.gate_up_proj"]),
         ("use_qalora", True),

@@ -29,7 +29,6 @@ IGNORED_KEYS = frozenset(
     {
         "peft_type",
         "peft_version",
-        "task_type",
         "auto_mapping",
         "revision",
         "inference_mode",
@@ -64,6 +63,7 @@ READ_KEYS = frozenset(
         "alora_invocation_tokens",
         "ensure_weight_tying",
         "init_lora_weights",
+        "task_type",
         "base_model_name_or_path",
         "loraplex_base_fingerprint",
     }
@@ -90,6 +90,8 @@ _CHANGING_INITS: Mapping[str, str] = {
     "corda": "CorDA takes the components that it starts from out of the base",
     "lora_ga": "LoRA-GA takes what it starts from out of the base",
 }
+# Adapters of models whose head gives no tokens.
+_HEADS: Mapping[str, str] = {"SEQ_CLS": "classes", "TOKEN_CLS": "classes of tokens", "QUESTION_ANS": "spans"}
 _CONVERT = "save the adapter with path_initial_model_for_weight_conversion, which turns it into a plain one"
 
 
@@ -158,6 +160,7 @@ class _Reader:
             base_fingerprint=str(config.get("loraplex_base_fingerprint") or ""),
         )
         self._check_init()
+        self._check_task()
         self._check_keys()
         self._check_together(spec)
         return spec
@@ -174,6 +177,14 @@ class _Reader:
             self._refuse("init_lora_weights", f"{init!r}: {reason}")
         else:
             self._refuse("init_lora_weights", f"{init!r:.80} is not known here and may change the base's weights")
+
+    def _check_task(self) -> None:
+        head = _HEADS.get(str(self._config.get("task_type")))
+        if head:
+            reason = (
+                f"a server generates text and has no head for {head}; `loraplex merge` folds a classifier's adapter in"
+            )
+            self._refuse("task_type", f"{self._config['task_type']}: {reason}")
 
     def _check_keys(self) -> None:
         for key, value in self._config.items():

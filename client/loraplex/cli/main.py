@@ -6,7 +6,21 @@ from typing import Annotated
 
 import typer
 
-from loraplex.cli import adapter, analyze, bench, compress, demo, generate, merge, model, plan, serve, verify
+from loraplex.cli import (
+    adapter,
+    analyze,
+    bench,
+    compress,
+    demo,
+    demo_train,
+    generate,
+    merge,
+    model,
+    plan,
+    serve,
+    train,
+    verify,
+)
 from loraplex.cli.reporting import ReportingGroup
 
 app = typer.Typer(
@@ -24,10 +38,12 @@ adapter.app.command("compress")(compress.compress)
 app.add_typer(adapter.app, name="adapter")
 app.command("merge")(merge.merge)
 app.command("plan")(plan.plan)
+app.command("train")(train.train)
 app.add_typer(analyze.app, name="analyze")
 app.add_typer(model.app, name="model")
 app.add_typer(bench.app, name="bench")
 app.command("demo")(demo.demo)
+app.command("demo-train")(demo_train.demo_train)
 
 
 def _print_version(wanted: bool) -> None:

