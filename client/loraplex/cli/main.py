@@ -8,6 +8,7 @@ import typer
 
 from loraplex.cli import (
     adapter,
+    advise,
     analyze,
     bench,
     compress,
@@ -37,6 +38,7 @@ adapter.app.command("verify")(verify.verify)
 adapter.app.command("compress")(compress.compress)
 app.add_typer(adapter.app, name="adapter")
 app.command("merge")(merge.merge)
+app.command("advise")(advise.advise)
 app.command("plan")(plan.plan)
 app.command("train")(train.train)
 app.add_typer(analyze.app, name="analyze")
