@@ -5,13 +5,10 @@ from __future__ import annotations
 import typer
 
 from loraplex.cli.analyze_adapter import analyze_adapter
+from loraplex.cli.analyze_methods import analyze_methods
+from loraplex.cli.analyze_ranks import analyze_ranks
 
-app = typer.Typer(
-    help="Find out what an adapter makes of its rank, and which rank and method to train.", no_args_is_help=True
-)
+app = typer.Typer(help="Find out what an adapter makes of its rank, and what to train.", no_args_is_help=True)
 app.command("adapter")(analyze_adapter)
-
-
-@app.callback()
-def _group() -> None:
-    """Keep `adapter` a sub-command though it is the only one."""
+app.command("ranks")(analyze_ranks)
+app.command("methods")(analyze_methods)

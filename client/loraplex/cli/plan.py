@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -14,7 +15,9 @@ from loraplex.cli.sizes import format_size
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from loraplex.adapters.training.architecture import ModelArchitecture
     from loraplex.adapters.training.memory import MemoryPlan
+    from loraplex.adapters.training.training_memory import TrainingShape
 
 _TRAINING, _SERVING = "Training", "Serving"
 
@@ -40,6 +43,9 @@ def plan(
     on_cpu: Annotated[
         bool | None, typer.Option("--cpu/--gpu", help="Default: what this machine has.", rich_help_panel=_SERVING)
     ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Train two steps by each method too, here.", rich_help_panel=_TRAINING)
+    ] = False,
     chart: Annotated[Path | None, typer.Option(help="Draw the plan into this PNG or SVG file.")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -67,6 +73,8 @@ def plan(
         on_cpu=not torch.cuda.is_available() if on_cpu is None else on_cpu,
     )
     result = plan_memory(architecture, training, serving)
+    if measure:
+        result = _measured(result, architecture, training)
     if chart:
         from loraplex.adapters.training.memory_chart import draw_memory
 
@@ -75,6 +83,38 @@ def plan(
         print_json(plan_document(result, training, serving))
         return
     to_stdout().print(plan_table(result))
+
+
+def _measured(result: MemoryPlan, architecture: ModelArchitecture, training: TrainingShape) -> MemoryPlan:
+    """Return the plan with what training took here, each method in a process of its own."""
+    from loraplex.adapters.training.measured_step import measure_step
+    from loraplex.adapters.training.train_config import TrainConfig
+    from loraplex.cli.output import to_stderr
+
+    if architecture.origin == "built-in table":
+        raise typer.BadParameter("needs weights: give a folder, a hub id or demo", param_hint="--measure")
+    rows = []
+    with to_stderr().status("measuring") as status:
+        for row in result.rows:
+            if row.purpose != "train":
+                rows.append(row)
+                continue
+            status.update(f"measuring {row.method}")
+            config = TrainConfig(
+                model=architecture.hub_id,
+                data="-",
+                output_dir="-",
+                rank=training.rank,
+                target_modules=training.targets,
+                dtype=str(training.dtype).removeprefix("torch."),
+                quantization="nf4" if row.method == "qlora" else "none",
+                max_length=training.length,
+                per_device_batch_size=training.rows,
+                gradient_accumulation_steps=training.accumulation,
+                gradient_checkpointing=training.checkpointing,
+            )
+            rows.append(replace(row, measured=measure_step(config.to_values(), row.method)))
+    return replace(result, rows=tuple(rows))
 
 
 def plan_table(result: MemoryPlan) -> Table:
@@ -96,8 +136,12 @@ def plan_table(result: MemoryPlan) -> Table:
     with_seed = any(row.seed_gb is not None for row in result.rows)
     if with_seed:
         table.add_column("seed text, 7B", justify="right")
+    with_measured = any(row.measured is not None for row in result.rows)
+    if with_measured:
+        table.add_column("measured", justify="right")
     for row in result.rows:
         cells = [format_size(row.parts[part]) if part in row.parts else "" for part in PARTS]
         seed = [f"{row.seed_gb:g} GB" if row.seed_gb is not None else ""] if with_seed else []
-        table.add_row(row.purpose, row.method, *cells, format_size(row.total), *seed)
+        measured = [format_size(row.measured) if row.measured is not None else ""] if with_measured else []
+        table.add_row(row.purpose, row.method, *cells, format_size(row.total), *seed, *measured)
     return table

@@ -44,7 +44,8 @@ class AnswerTrainer(SFTTrainer):
         for parameter, value in zip(trained, values, strict=True):
             parameter.data = value
         self._meter = meter
-        forward = type(options["model"].get_base_model()).forward
+        model = options["model"]
+        forward = type(model.get_base_model() if hasattr(model, "get_base_model") else model).forward
         self._narrows = "logits_to_keep" in inspect.signature(forward).parameters
 
     def compute_loss(

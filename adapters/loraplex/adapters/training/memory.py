@@ -21,13 +21,17 @@ _SEVEN = (6.0, 8.0)
 
 @dataclass(frozen=True)
 class PlanRow:
-    """One bar of the plan: "train" or "serve", how, and bytes by part; `seed_gb` where the seed has a figure for it."""
+    """One bar of the plan: "train" or "serve", how, and bytes by part.
+
+    `seed_gb` is the seed's figure where it has one, `measured` the bytes of a real step where that was measured.
+    """
 
     purpose: str
     method: str
     parts: Mapping[str, int]
     total: int
     seed_gb: float | None = None
+    measured: int | None = None
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,11 @@ def plan_document(plan: MemoryPlan, training: TrainingShape, serving: ServingSha
         "trained_share": plan.trained_share,
         "assumed": assumed,
         "bytes": [
-            {"purpose": row.purpose, "method": row.method, **row.parts, "total": row.total, "seed_gb": row.seed_gb}
+            {"purpose": row.purpose, "method": row.method, **row.parts, "total": row.total, **_beside(row)}
             for row in plan.rows
         ],
     }
+
+
+def _beside(row: PlanRow) -> dict[str, Any]:
+    return {"seed_gb": row.seed_gb, "measured": row.measured}

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+RETURNED_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+"""Environment of a process whose peak is to be what was in use, and not what malloc kept for later (glibc)."""
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 
@@ -30,7 +32,19 @@ class PeakMemory:
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
         with suppress(OSError):
-            found = re.search(r"^VmHWM:\s+(\d+) kB", _STATUS.read_text(encoding="utf-8"), re.MULTILINE)
+            found = _status_bytes("VmHWM")
             if found:
-                return int(found[1]) * 1024
+                return found
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def resident_bytes() -> int:
+    """Return the resident set of this process now; 0 where the system does not say."""
+    with suppress(OSError):
+        return _status_bytes("VmRSS")
+    return 0
+
+
+def _status_bytes(name: str) -> int:
+    found = re.search(rf"^{name}:\s+(\d+) kB", _STATUS.read_text(encoding="utf-8"), re.MULTILINE)
+    return int(found[1]) * 1024 if found else 0
