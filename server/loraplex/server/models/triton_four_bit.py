@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from loraplex.adapters.bnb import import_bitsandbytes
+from loraplex.adapters.four_bit import code_values
 from loraplex.server.models import triton_four_bit_kernel as kernel
 from loraplex.server.models.four_bit import BLOCKSIZE, FourBitMatrix
 from loraplex.server.models.linear import Linear
@@ -102,8 +102,7 @@ class TritonFourBitLinear(Linear):
         """Take a matrix that `fits`, copied into the kernel's layout, and the product for the other numbers of rows."""
         super().__init__(matrix.shape[1], matrix.shape[0])
         self._packed = PackedFourBit.pack(matrix)
-        functional = import_bitsandbytes().functional
-        self._values: torch.Tensor = functional.get_4bit_type(matrix.kind, device=matrix.codes.device).to(torch.float32)
+        self._values = code_values(matrix.kind).to(matrix.codes.device)
         self._other = other
         self.rows = rows
         """Which numbers of rows go through the kernel; may be changed between calls."""
