@@ -28,7 +28,7 @@ def test_models_with_an_adapter(name: str, tmp_path: Path) -> None:
     (tiny,) = (tiny for tiny in TINY_MODELS if tiny.name == name)
     reference = tiny.save(tmp_path)
     model = load_model(str(tmp_path), dtype="float32")
-    model.decoder._attention = TritonAttention()
+    model.decoder.attention = TritonAttention()
     ops, adapter = TritonLoraOps(CPU), random_adapter(model)
     packed = pack_adapter(adapter, model.decoder.sites, torch.float32, CPU)
 
