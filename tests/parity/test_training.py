@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -15,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from loraplex.adapters.errors import AlreadyExistsError, InvalidRequestError, NotFoundError, ResourceExhaustedError
-from loraplex.adapters.training import TrainConfig, train
+from loraplex.adapters.training import TrainConfig, run_folder, train, trainer
 from loraplex.adapters.training.failures import TrainingInterruptedError
 from loraplex.adapters.training.training_data import load_data
 from tests.parity.training_setup import ROWS, Watcher, save_base, tiny_run
@@ -251,3 +252,46 @@ def test_no_memory_keeps_the_checkpoints(base: Path, tmp_path: Path, error: Exce
     assert not (tmp_path / "adapter").exists()
     assert [path.name for path in config.run_dir.glob("checkpoint-*")] == ["checkpoint-2"]
     train(config, resume=True)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"),
+        # What safetensors raises is a bare Exception.
+        Exception("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+    ids=["python", "torch", "safetensors"],
+)
+def test_a_full_disk_keeps_the_checkpoints(
+    base: Path, tmp_path: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(folder: Path) -> None:
+        raise error
+
+    whole = tmp_path / "whole"
+    train(tiny_run(base, whole))
+    config = tiny_run(base, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "sync_folder", fail)
+        with pytest.raises(ResourceExhaustedError, match=r"disk is full while training \(whole checkpoints are kept"):
+            train(config)
+    # No adapter, nothing that was to become one, and what was trained is there.
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter.run", "data.jsonl", "whole"]
+    watcher = Watcher()
+    assert train(config, watcher, resume=True).steps == 6
+    assert watcher.steps == []
+    weights = [(folder / "adapter" / "adapter_model.safetensors").read_bytes() for folder in (whole, tmp_path)]
+    assert weights[0] == weights[1]
+
+
+def test_no_room_for_the_checkpoints_is_told_before_training(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_folder, "free_bytes", lambda folder: 100_000)
+    watcher = Watcher()
+    with pytest.raises(ResourceExhaustedError, match=r"the checkpoints need 0 MB and .* has room for 0"):
+        train(tiny_run(base, tmp_path), watcher)
+    assert watcher.steps == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl"]

@@ -11,9 +11,12 @@ from typing import Any
 
 import torch
 import transformers
+from peft import set_peft_model_state_dict
+from safetensors.torch import load_file
 from trl.data_utils import pack_dataset
 from trl.trainer.sft_config import SFTConfig
 
+from loraplex.adapters.folder import WEIGHTS_FILE
 from loraplex.adapters.training.answer_trainer import AnswerTrainer, RunMeter
 from loraplex.adapters.training.callbacks import Marking, Stopping, Telling, tensorboard_callback
 from loraplex.adapters.training.classifier_trainer import ClassifierTrainer, score_classes
@@ -106,12 +109,25 @@ class TrainingRun:
 
     def train(self, checkpoint: Path | None) -> None:
         """Train to the end, from `checkpoint` if there is one."""
+        if checkpoint is not None and self._take_finished(checkpoint):
+            return
         transformers.set_seed(self._config.seed)
         for listener in self._listeners:
             self._trainer.add_callback(listener)
         self._trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         for listener in self._listeners:
             self._trainer.remove_callback(listener)
+
+    def _take_finished(self, checkpoint: Path) -> bool:
+        """Take the weights of a run that had come to its end; transformers would train it a step further."""
+        state = transformers.TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if state.global_step < self.steps:
+            return False
+        best = state.best_model_checkpoint if self._config.early_stopping_patience else None
+        weights = load_file(Path(best or checkpoint) / WEIGHTS_FILE)
+        set_peft_model_state_dict(self._model, weights)
+        self._trainer.state = state
+        return True
 
     def result(self, seconds: float, base: Score | None) -> TrainResult:
         """Score the adapter and return all figures."""
