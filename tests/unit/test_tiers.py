@@ -15,10 +15,12 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from loraplex.server.engine.scheduler import Residency
 from loraplex.server.engine.stats import AdapterMemory, FreedMemory
 from loraplex.server.errors import EngineError, LoraplexError, NotFoundError, ResourceExhaustedError
+from loraplex.server.lora.device_copies import DeviceCopies
 from loraplex.server.lora.loads import MAX_LOADS
 from loraplex.server.lora.tiers import AdapterTiers
 from loraplex.server.lora.weights import PackedAdapter
 from tests.unit.fakes import packed
+from tests.unit.slow_copies import SlowCopies
 
 SIZES = {f"a{size}": size for size in (1, 2, 3, 5, 9)}
 DIGESTS = st.sampled_from(sorted(SIZES))
@@ -47,8 +49,11 @@ class TiersMachine(RuleBasedStateMachine):
         self.woken = threading.Event()
         self.broken: set[str] = set()
         self.once_broken: set[str] = set()
-        self.tiers = AdapterTiers(self.load, CAPACITY, host_bytes=12, on_load=self.woken.set)
+        self.tiers = AdapterTiers(self.load, CAPACITY, host_bytes=12, copies=self.make_copies(), on_load=self.woken.set)
         self.rows: list[str] = []
+
+    def make_copies(self) -> DeviceCopies | None:
+        return None
 
     def load(self, digest: str) -> PackedAdapter:
         if digest in self.broken:
@@ -132,6 +137,36 @@ class TiersMachine(RuleBasedStateMachine):
 
 TiersMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestTiers = TiersMachine.TestCase
+
+
+class SlowTiersMachine(TiersMachine):
+    """The same where copies to the device take longer than the engine's calls."""
+
+    def make_copies(self) -> DeviceCopies:
+        return SlowCopies(self.woken.set, delay_s=0.001)
+
+
+SlowTiersMachine.TestCase.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
+TestSlowTiers = SlowTiersMachine.TestCase
+
+
+def test_rows_wait_for_a_copy_and_nothing_takes_its_place_meanwhile() -> None:
+    copies = SlowCopies()
+    tiers = AdapterTiers(lambda digest: packed(digest, 4), 4, host_bytes=8, copies=copies)
+    until(tiers, lambda: tiers.require("a") is not None and "a" in tiers.resident)
+    assert tiers.require("a") is Residency.LOADING
+    assert tiers.prefetch("a") is Residency.LOADING
+    until(tiers, lambda: tiers.require("b") is Residency.NO_ROOM)
+    copies.finish()
+    assert tiers.require("a") is Residency.RESIDENT
+    tiers.retain("a")
+    tiers.check_integrity()
+    tiers.release("a")
+    assert tiers.require("b") is Residency.LOADING, "what has arrived and is idle leaves"
+    copies.finish()
+    assert tiers.require("b") is Residency.RESIDENT
+    tiers.close()
+    assert copies.closed
 
 
 def test_what_leaves_the_device_comes_back_from_the_host_without_a_load() -> None:

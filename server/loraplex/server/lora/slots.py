@@ -15,6 +15,7 @@ import torch
 
 from loraplex.server.engine.stats import TierStats
 from loraplex.server.errors import EngineError, ResourceExhaustedError
+from loraplex.server.lora.device_copies import Arrival, DeviceCopies, DirectCopies
 from loraplex.server.lora.weights import PackedAdapter
 
 logger = logging.getLogger(__name__)
@@ -23,15 +24,19 @@ logger = logging.getLogger(__name__)
 @dataclass
 class _Entry:
     slot: int
-    packed: PackedAdapter
+    arrival: Arrival
     rows: int = 0
+
+    @property
+    def packed(self) -> PackedAdapter:
+        return self.arrival.packed
 
 
 class SlotPool:
     """The resident adapters; one slot number each, at most `capacity_bytes` together."""
 
-    def __init__(self, capacity_bytes: int, device: torch.device) -> None:
-        """Start empty.
+    def __init__(self, capacity_bytes: int, device: torch.device, copies: DeviceCopies | None = None) -> None:
+        """Start empty; `copies` brings adapters to the device, by default at once.
 
         Raises:
             ValueError: if `capacity_bytes` is negative.
@@ -40,6 +45,7 @@ class SlotPool:
             raise ValueError(f"capacity_bytes must not be negative, got {capacity_bytes}")
         self.capacity_bytes = capacity_bytes
         self.device = device
+        self._copies = copies or DirectCopies(device)
         self._entries: OrderedDict[str, _Entry] = OrderedDict()  # least recently used first
         self._by_slot: dict[int, PackedAdapter] = {}
         self._pins: set[str] = set()
@@ -92,6 +98,10 @@ class SlotPool:
         """
         return self._entries[digest].slot
 
+    def has_arrived(self, digest: str) -> bool:
+        """Whether the weights of an adapter that was installed are there, so that rows may use it."""
+        return self._entries[digest].arrival.done()
+
     def touch(self, digest: str) -> None:
         """Count a use of a resident adapter."""
         self._entries.move_to_end(digest)
@@ -99,7 +109,7 @@ class SlotPool:
     def install(self, packed: PackedAdapter) -> bool:
         """Bring an adapter that is not here onto the device; return False, with nothing changed, if there is no room.
 
-        Others leave for it as far as they may and must. On a GPU the copy is put in the line of the device's work.
+        Others leave for it as far as they may and must. On a GPU the weights `has_arrived` some time later.
 
         Raises:
             ResourceExhaustedError: if the budget has room but the device has no memory, whatever idle ones leave.
@@ -116,7 +126,7 @@ class SlotPool:
         return True
 
     def retain(self, digest: str) -> None:
-        """Keep a resident adapter while one more row uses it."""
+        """Keep a resident adapter, whose weights have arrived, while one more row uses it."""
         self._entries[digest].rows += 1
 
     def release(self, digest: str) -> None:
@@ -133,6 +143,10 @@ class SlotPool:
         """Let the adapter go like any other."""
         self._pins.discard(digest)
 
+    def close(self) -> None:
+        """End the copies' background work."""
+        self._copies.close()
+
     def forget(self, digest: str) -> int:
         """Drop an adapter that no row uses, if it is here, and its pin; return the bytes that came free."""
         self._pins.discard(digest)
@@ -147,6 +161,7 @@ class SlotPool:
         assert self._used == sum(entry.packed.nbytes for entry in self._entries.values()), "the sum is off"
         assert self._used <= self._peak <= self.capacity_bytes, f"{self._used}, at most {self._peak} bytes"
         assert {e.slot: e.packed for e in self._entries.values()} == dict(self._by_slot), "slots and entries differ"
+        assert all(entry.arrival.done() for entry in self._entries.values() if entry.rows), "used before it arrived"
         assert all(entry.rows >= 0 for entry in self._entries.values()), "a negative row count"
 
     def _make_room(self, nbytes: int) -> bool:
@@ -164,11 +179,11 @@ class SlotPool:
             self._evict(digest)
         return True
 
-    def _moved(self, packed: PackedAdapter) -> PackedAdapter:
-        """Copy an adapter to the device, for which idle ones leave one by one while the device has no memory."""
+    def _moved(self, packed: PackedAdapter) -> Arrival:
+        """Begin to copy an adapter to the device; idle ones leave for it one by one while the device has no memory."""
         while True:
             try:
-                return packed.to(self.device)
+                return self._copies.start(packed)
             except torch.OutOfMemoryError as error:
                 victim = next(self._idle(), None)
                 if victim is None:
@@ -182,8 +197,12 @@ class SlotPool:
                 raise EngineError(f"adapter {packed.digest} could not be copied to the device: {error}") from error
 
     def _idle(self) -> Iterator[str]:
-        """Yield what may leave, the least recently used first."""
-        return (digest for digest, entry in self._entries.items() if entry.rows == 0 and digest not in self._pins)
+        """Yield what may leave, the least recently used first; who asked for what is still arriving shall find it."""
+        return (
+            digest
+            for digest, entry in self._entries.items()
+            if entry.rows == 0 and digest not in self._pins and entry.arrival.done()
+        )
 
     def _evict(self, digest: str) -> None:
         self._drop(digest)

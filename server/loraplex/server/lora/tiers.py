@@ -18,6 +18,7 @@ import torch
 from loraplex.server.engine.scheduler import Residency
 from loraplex.server.engine.stats import AdapterMemory, FreedMemory, LoadStats, MemoryStats
 from loraplex.server.errors import LoraplexError, ResourceExhaustedError
+from loraplex.server.lora.device_copies import DeviceCopies
 from loraplex.server.lora.host_pool import HostPool
 from loraplex.server.lora.loads import MAX_LOADS, AdapterLoader, AdapterLoads, Loaded
 from loraplex.server.lora.slots import SlotPool
@@ -41,16 +42,17 @@ class AdapterTiers:
         host_bytes: int = 0,
         *,
         device: torch.device | None = None,
+        copies: DeviceCopies | None = None,
         on_load: Callable[[], None] = lambda: None,
     ) -> None:
-        """Start empty, for the CPU unless told otherwise.
+        """Start empty, for the CPU unless told otherwise; `copies` brings adapters to the device, by default at once.
 
         `on_load` is called on a background thread when a load has ended, to wake the engine.
 
         Raises:
             ValueError: if a budget is negative.
         """
-        self._device = SlotPool(device_bytes, device or torch.device("cpu"))
+        self._device = SlotPool(device_bytes, device or torch.device("cpu"), copies)
         self._host = HostPool(host_bytes, pinned=self._device.device.type != "cpu")
         self._loads = AdapterLoads(loader, on_load)
         self._ready: dict[str, PackedAdapter] = {}  # loaded and asked for, waiting for room; held in the host pool
@@ -102,7 +104,7 @@ class AdapterTiers:
         if digest in self._device:
             self._device.touch(digest)
             self._host.get(digest)
-            return Residency.RESIDENT
+            return self._residency(digest)
         if digest in self._failures:
             return Residency.FAILED
         self._wanted.add(digest)
@@ -121,7 +123,7 @@ class AdapterTiers:
         """
         if digest in self._device:
             self._device.touch(digest)
-            return Residency.RESIDENT
+            return self._residency(digest)
         if digest in self._failures:
             return Residency.FAILED
         self._wanted.add(digest)
@@ -189,6 +191,7 @@ class AdapterTiers:
     def close(self) -> None:
         """Stop the background threads after the loads they are at."""
         self._loads.close()
+        self._device.close()
 
     def check_integrity(self) -> None:
         """Check both tiers, and what is between them.
@@ -203,6 +206,10 @@ class AdapterTiers:
         assert not self._ready.keys() & resident, "resident and waiting for room at once"
         waiting = sum(self._host.size_of(packed.nbytes) for packed in self._ready.values())
         assert self._host.held_bytes <= waiting, "held for nobody"
+
+    def _residency(self, digest: str) -> Residency:
+        """Say whether what is on the device is all there."""
+        return Residency.RESIDENT if self._device.has_arrived(digest) else Residency.LOADING
 
     def _find(self, digest: str) -> PackedAdapter | None:
         return self._ready.get(digest) or self._host.get(digest)
@@ -277,7 +284,7 @@ class AdapterTiers:
         self._load_stats.append(LoadStats("device", time.monotonic() - start))
         self._drop_ready(digest)
         self.revision += 1
-        return Residency.RESIDENT
+        return self._residency(digest)
 
     def _drop_ready(self, digest: str) -> None:
         if self._ready.pop(digest, None) is not None:
