@@ -22,8 +22,8 @@ from loraplex.adapters.errors import NotFoundError
 from loraplex.adapters.registry import AdapterRegistry
 from loraplex.adapters.traits import AdapterTraits
 from loraplex.server.config import EngineConfig
-from loraplex.server.engine.build import kv_cache_shape
 from loraplex.server.engine.commands import AbortRequest, AddRequest, ForgetAdapter
+from loraplex.server.engine.limits import kv_cache_shape
 from loraplex.server.engine.request import GenerationRequest, Logprobs, SamplingParams
 from loraplex.server.lora.packing import packed_nbytes
 from loraplex.server.models.loader import LoadedModel, load_model

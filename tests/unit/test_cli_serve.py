@@ -35,7 +35,7 @@ def test_serve_options(run: Run, configs: list[ServerConfig]) -> None:
             *("--metrics-host", "::", "--metrics-port", 2, "--grace-period", 3.5, "--log-level", "debug"),
             *("--max-num-seqs", 4, "--max-num-batched-tokens", 5, "--max-model-len", 6, "--max-waiting", 7),
             *("--block-size", 8, "--kv-cache-memory", "9MiB", "--adapter-device-memory", "1.5GiB", "--threads", 10),
-            *("--adapter-host-memory", "3GiB"),
+            *("--adapter-host-memory", "3GiB", "--gpu-memory-utilization", 0.8, "--no-cuda-graphs"),
             *("--adapter-dtype", "float32", "--no-prefix-caching", "--adapter-source", "hf://org"),
             *("--adapter-source", "s3://bucket/adapters", "--adapter-source-timeout", 9, "--max-upload-size", "1GiB"),
         )
@@ -50,6 +50,8 @@ def test_serve_options(run: Run, configs: list[ServerConfig]) -> None:
                 max_waiting=7,
                 block_size=8,
                 kv_cache_memory=9 * MIB,
+                gpu_memory_utilization=0.8,
+                cuda_graphs=False,
                 adapter_device_memory=1536 * MIB,
                 adapter_host_memory=3 * 1024 * MIB,
                 adapter_dtype="float32",

@@ -87,9 +87,16 @@ def serve(
     max_waiting: Annotated[
         int, typer.Option(help="Sequences in the queue; one more is refused.", rich_help_panel=_ENGINE)
     ] = EngineConfig.max_waiting,
-    kv_cache_memory: Annotated[str, typer.Option(help="For keys and values.", rich_help_panel=_ENGINE)] = format_size(
-        EngineConfig.kv_cache_memory
-    ),
+    kv_cache_memory: Annotated[
+        str,
+        typer.Option(help="For keys and values; auto: 512MiB, on a GPU what is left.", rich_help_panel=_ENGINE),
+    ] = "auto",
+    gpu_memory_utilization: Annotated[
+        float, typer.Option(help="Share of a GPU's memory to use, all included.", rich_help_panel=_ENGINE)
+    ] = EngineConfig.gpu_memory_utilization,
+    cuda_graphs: Annotated[
+        bool, typer.Option(help="Capture decode steps on a GPU.", rich_help_panel=_ENGINE)
+    ] = EngineConfig.cuda_graphs,
     block_size: Annotated[
         int, typer.Option(help="Tokens in a KV block.", rich_help_panel=_ENGINE)
     ] = EngineConfig.block_size,
@@ -107,7 +114,9 @@ def serve(
             max_model_len=max_model_len,
             max_waiting=max_waiting,
             block_size=block_size,
-            kv_cache_memory=parse_size(kv_cache_memory, "--kv-cache-memory"),
+            kv_cache_memory=0 if kv_cache_memory == "auto" else parse_size(kv_cache_memory, "--kv-cache-memory"),
+            gpu_memory_utilization=gpu_memory_utilization,
+            cuda_graphs=cuda_graphs,
             adapter_device_memory=parse_size(adapter_device_memory, "--adapter-device-memory"),
             adapter_host_memory=parse_size(adapter_host_memory, "--adapter-host-memory"),
             adapter_dtype=adapter_dtype,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 from loraplex.adapters.sources import SourcePolicy
 
@@ -37,7 +38,9 @@ class EngineConfig:
         max_waiting: sequences waiting for a row; a request that comes then is refused.
         max_wait_s: an adapter whose queue has had no admission for longer than this is served before all others.
         block_size: tokens in one KV block.
-        kv_cache_memory: bytes for keys and values.
+        kv_cache_memory: bytes for keys and values; 0 takes `CPU_KV_CACHE_MEMORY` on a CPU, and on a GPU what is left.
+        gpu_memory_utilization: share of a GPU's memory that all of this together may take.
+        cuda_graphs: capture decode steps on a GPU.
         adapter_device_memory: bytes for adapter weights beside the base model.
         adapter_host_memory: bytes for adapter weights in the host's memory, between disk and device. On a CPU an
             adapter that is in both exists once.
@@ -52,12 +55,16 @@ class EngineConfig:
     max_waiting: int = 1024
     max_wait_s: float = 2.0
     block_size: int = 16
-    kv_cache_memory: int = 512 * MIB
+    kv_cache_memory: int = 0
+    gpu_memory_utilization: float = 0.9
+    cuda_graphs: bool = True
     adapter_device_memory: int = 1024 * MIB
     adapter_host_memory: int = 2048 * MIB
     adapter_dtype: str = "auto"
     enable_prefix_caching: bool = True
     threads: int = 0
+
+    CPU_KV_CACHE_MEMORY: ClassVar[int] = 512 * MIB
 
     def __post_init__(self) -> None:
         """Check the budgets against each other.
@@ -65,10 +72,11 @@ class EngineConfig:
         Raises:
             ValueError: naming the option that is out of range.
         """
-        for name in ("max_num_seqs", "max_num_batched_tokens", "max_waiting", "block_size", "kv_cache_memory"):
+        for name in ("max_num_seqs", "max_num_batched_tokens", "max_waiting", "block_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("max_model_len", "adapter_device_memory", "adapter_host_memory", "threads"):
+        unset = ("max_model_len", "kv_cache_memory", "adapter_device_memory", "adapter_host_memory", "threads")
+        for name in unset:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -76,6 +84,8 @@ class EngineConfig:
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
                 f"({self.max_num_seqs}), or a full batch of decodes would not fit in a step"
             )
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ValueError(f"gpu_memory_utilization must be above 0 and at most 1, got {self.gpu_memory_utilization}")
         if self.max_wait_s < 0:
             raise ValueError(f"max_wait_s must not be negative, got {self.max_wait_s}")
         if self.adapter_dtype not in ("auto", "float32", "bfloat16", "float16"):

@@ -7,6 +7,7 @@ lifetimes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import numpy as np
@@ -37,11 +38,20 @@ class ForwardPass(Protocol):
 class ModelRunner:
     """Owns the decoder, the KV cache and the sampler."""
 
-    def __init__(self, decoder: ForwardPass, kv_cache: KVCache, lora_ops: LoraOps, device: torch.device) -> None:
+    def __init__(
+        self,
+        decoder: ForwardPass,
+        kv_cache: KVCache,
+        lora_ops: LoraOps,
+        device: torch.device,
+        current: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
+        """Make batches on `device`; `current` makes the decoder's device that of the thread which runs a step."""
         self._decoder = decoder
         self._kv_cache = kv_cache
         self._lora_ops = lora_ops
         self._device = device
+        self._current = current
         self._sampler = Sampler()
 
     @torch.inference_mode()
@@ -52,7 +62,12 @@ class ModelRunner:
 
         A row whose logits are not finite gets an EngineError; the others are not affected.
         """
-        rows = sorted(scheduled, key=lambda s: _batch_order(s, slot_of))
+        with self._current():
+            return self._run(sorted(scheduled, key=lambda s: _batch_order(s, slot_of)), slot_of, slots)
+
+    def _run(
+        self, rows: Sequence[ScheduledSequence], slot_of: SlotOf, slots: Mapping[int, PackedAdapter]
+    ) -> dict[ScheduledSequence, Logprobs | EngineError]:
         batch = build_batch(rows, slot_of, self._kv_cache.shape.block_size, self._device)
         logits = self._decoder.forward(batch, self._kv_cache, self._lora_context(batch, slots))
         sampling = [row for row in rows if row.samples]

@@ -21,6 +21,7 @@ from loraplex.server.models.compute_dtype import activation_dtype, compute_dtype
 from loraplex.server.models.config import DecoderConfig
 from loraplex.server.models.config_reader import ConfigReader, read_json
 from loraplex.server.models.decoder import Decoder
+from loraplex.server.models.device import resolve_device
 from loraplex.server.models.families import context_limits, find_family
 from loraplex.server.models.family import Family
 from loraplex.server.models.fingerprint import Fingerprint
@@ -86,7 +87,7 @@ def load_model(
         quantization: "none", "nf4", "fp4" or "int8".
         dtype: "auto", "float32", "bfloat16" or "float16": what products are computed in and the KV cache is kept in.
             On a CPU the activations between products stay float32, which costs little there.
-        device: as torch names it.
+        device: "cpu", "cuda" or "cuda:N".
         weight_execution: how quantized weights are multiplied on a CPU; see `ModelConfig`.
         max_model_len: the context asked for; 0 is the model's usual one. A longrope model (Phi-3) has other frequencies
             for contexts beyond its usual one; all sequences then use those.
@@ -95,7 +96,7 @@ def load_model(
     Raises:
         ModelLoadError: saying what is missing, wrong, or not supported.
     """
-    target = torch.device(device)
+    target = resolve_device(device)
     compute = compute_dtype(dtype, target)
     path = resolve_model(model)
     values = read_json(path / "config.json")
@@ -108,8 +109,11 @@ def load_model(
     checkpoint = Checkpoint.open(path)
     names = match_tensors(checkpoint.tensors, layout, config)
     builder = DecoderBuilder(config, layout, names.values(), pack, compute, activation_dtype(compute, target), target)
-    fingerprint = _read(checkpoint, names, config, builder, progress)
-    decoder = builder.build(make_attention(target))
+    try:
+        fingerprint = _read(checkpoint, names, config, builder, progress)
+        decoder = builder.build(make_attention(target))
+    except torch.OutOfMemoryError as error:
+        raise ModelLoadError(f"the weights do not fit in the memory of {target}: {error}") from error
     return LoadedModel(
         decoder=decoder,
         base=BaseModel(
@@ -129,7 +133,7 @@ def load_model(
         vocab_size=config.vocab_size,
         dtype=compute,
         quantization=kind,
-        device=device,
+        device=str(target),
         weight_bytes=builder.weight_bytes,
     )
 

@@ -23,7 +23,7 @@ from grpc_reflection.v1alpha import reflection
 from loraplex.adapters.fetch import MAX_FETCHES
 from loraplex.adapters.registry import AdapterRegistry
 from loraplex.server.config import ServerConfig
-from loraplex.server.engine.build import build_engine, engine_limits
+from loraplex.server.engine.build import build_engine, device_limits
 from loraplex.server.engine.client import EngineClient
 from loraplex.server.errors import LoraplexError, ModelLoadError
 from loraplex.server.metrics import Metrics
@@ -222,10 +222,10 @@ async def _assemble(
     tokenizer = await asyncio.to_thread(Tokenizer.load, model.path)
     templates = TemplateQueue(TemplateRenderer())
     cleanup.push_async_callback(templates.close)
-    limits = engine_limits(model, config.engine)
+    limits = device_limits(model, config.engine)
     registry = await asyncio.to_thread(_open_registry, config, model, cleanup)
     engine = EngineClient(
-        lambda publish: build_engine(model, tokenizer, config.engine, registry.load, metrics, publish)
+        lambda publish: build_engine(model, tokenizer, config.engine, registry.load, metrics, publish, limits=limits)
     )
     await asyncio.to_thread(register_folders, registry, config.adapters)
     for warning in registry.warnings:

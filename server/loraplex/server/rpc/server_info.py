@@ -8,7 +8,7 @@ from pathlib import Path
 import grpc.aio
 
 from loraplex.server.config import ServerConfig
-from loraplex.server.engine.build import EngineLimits
+from loraplex.server.engine.limits import EngineLimits
 from loraplex.server.models.loader import LoadedModel
 from loraplex.v1 import server_pb2 as pb
 from loraplex.v1 import server_pb2_grpc
