@@ -18,7 +18,7 @@ from loraplex.server.engine.request import GenerationRequest, Logprobs, Sampling
 from loraplex.server.engine.scheduler import ScheduledSequence
 from loraplex.server.engine.sequence import Sequence as EngineSequence
 from loraplex.server.engine.step_buffers import StepBuffers, StepLimits
-from loraplex.server.engine.step_shapes import StepShape, choose_shape, step_shapes
+from loraplex.server.engine.step_shapes import StepShape, choose_shapes, step_shapes
 from loraplex.server.lora.changes import ReplacedNorm
 from loraplex.server.lora.ops.interface import StaticLoraOps
 from loraplex.server.models.norms import RmsNorm
@@ -99,17 +99,15 @@ def test_the_shapes_cover_every_step_with_little_padding() -> None:
         assert shapes[0] == StepShape(most, most), "the one that every step fits in comes first"
         assert len(shapes) < 9 * most.bit_length()
         for rows in range(1, most + 1):
-            chosen = choose_shape(shapes, rows, 0)
-            assert chosen is not None
+            (chosen,) = choose_shapes(shapes, rows, 0)
             assert chosen.segments == 0, "no adapters, no LoRA"
             assert chosen.rows <= max(2 * rows - 1, 1)
             assert chosen.rows <= 1.5 * rows or rows < 16
             for segments in (1, rows // 2, rows):
-                fits = choose_shape(shapes, rows, segments)
-                assert fits is not None
+                (fits,) = choose_shapes(shapes, rows, segments)
                 assert fits.rows == chosen.rows
                 assert segments <= fits.segments <= max(1, 4 * segments)
-        assert choose_shape(shapes, most + 1, 0) is None
+        assert not choose_shapes(shapes, most + 1, 0)
 
 
 def test_a_step_of_one_token_a_row_is_replayed_and_a_prompt_is_not(shared: World) -> None:
@@ -185,6 +183,24 @@ def test_an_adapter_with_norms_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) ->
     norm = ReplacedNorm((torch.ones(HIDDEN),), lambda tensors: RmsNorm(tensors[0], 1e-6))
     monkeypatch.setitem(ADAPTERS, 1, replace(ADAPTERS[1], norms={"final": norm}))
     assert world.step(rows, [1]) == 0
+
+
+def test_a_step_runs_as_the_one_with_the_fewest_sites_that_serves_it() -> None:
+    groups = (frozenset[int](), frozenset({0}))
+    ops, backend, kv_cache = StaticTorchOps(), RecordingBackend(), cache()
+    graphed = GraphedForward(TorchDecoder().forward, kv_cache, ops, backend, LIMITS, VOCAB, CPU, groups)
+    shapes = graphed.capture().shapes
+    assert choose_shapes(shapes, 2, 1) == [StepShape(2, 1, 0), StepShape(2, 1, 1)]
+    assert choose_shapes(shapes, 2, 0) == [StepShape(2, 0)], "no adapters, no groups"
+    assert set(ops.reserved) == set(groups)
+    runner = ModelRunner(graphed, kv_cache, graphed.lora_ops, CPU)
+    rows = sequences([1, 2])
+    runner.run([ScheduledSequence(seq, 3) for seq in rows], int, ADAPTERS)
+    for seq in rows:
+        seq.num_computed_tokens = 3
+        seq.token_ids.append(1)
+    runner.run([ScheduledSequence(seq, 1) for seq in rows], int, ADAPTERS)
+    assert graphed.replays == 1, "the fake operator's adapters act at the second group's site only"
 
 
 def test_capturing_ends_with_its_budget_and_steps_run_as_the_next_larger_shape() -> None:

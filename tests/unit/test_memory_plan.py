@@ -46,7 +46,7 @@ class FakeAccelerator:
     entered: int = 0
 
     def memory(self) -> DeviceMemory:
-        return DeviceMemory(total=100 * MIB, free=self.bytes_free)
+        return DeviceMemory(total=400 * MIB, free=self.bytes_free)
 
     def current(self) -> nullcontext[None]:
         self.entered += 1
@@ -72,7 +72,7 @@ def test_keys_and_values_get_what_is_left(model: LoadedModel) -> None:
     assert limits.num_blocks == plan.kv_cache // kv_cache_shape(model, config).block_bytes
     with_graphs = engine_limits(model, CONFIG, memory)
     assert with_graphs.plan is not None
-    assert with_graphs.plan.graphs > 8 * MIB * len(step_shapes(4))
+    assert with_graphs.plan.graphs > 8 * MIB * len(step_shapes(4, 2))
     block_bytes = kv_cache_shape(model, CONFIG).block_bytes
     assert with_graphs.num_blocks == with_graphs.plan.kv_cache // block_bytes - 1, "one fills up captured steps"
 
@@ -121,7 +121,7 @@ def build_with(gpu: FakeAccelerator, model: LoadedModel, monkeypatch: pytest.Mon
 
 
 def test_an_engine_is_built_for_an_accelerator(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu = FakeAccelerator(99 * MIB)
+    gpu = FakeAccelerator(399 * MIB)
     engine = build_with(gpu, model, monkeypatch)
     assert gpu.made is not None, "adapters come beside the steps"
     assert gpu.entered == 2, "building and the first step run on it"
@@ -137,7 +137,7 @@ def test_a_device_that_is_full_in_spite_of_the_plan_is_a_typed_error_with_it(
 
     monkeypatch.setattr(runner_build, "KVCache", full)
     with pytest.raises(ModelLoadError, match="ran out of memory at start") as refused:
-        build_with(FakeAccelerator(99 * MIB), model, monkeypatch)
+        build_with(FakeAccelerator(399 * MIB), model, monkeypatch)
     assert "left for keys and values" in str(refused.value)
     assert "CUDA out of memory" in str(refused.value)
 

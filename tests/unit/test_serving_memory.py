@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from loraplex.adapters.training.architecture import read_architecture
 from loraplex.adapters.training.serving_memory import QUANTIZATIONS, Quantization, ServingShape, serving_memory
 from loraplex.server.config import EngineConfig
-from loraplex.server.engine.limits import kv_cache_shape
 from loraplex.server.engine.kv_cache import KVCache
+from loraplex.server.engine.limits import kv_cache_shape
 from loraplex.server.models.loader import load_model
 
 CPU = torch.device("cpu")

@@ -5,6 +5,8 @@ The short form runs by default; the whole product of sizes is marked long.
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -275,6 +277,18 @@ def test_a_reserved_plan_refuses_what_it_was_not_made_for(pool: dict[int, Packed
         ops.refill(plan, (Segment(0, 1, 99),), pool)
     with pytest.raises(ValueError, match="fit"):
         ops.refill(plan, (Segment(3, 5, 0),), pool)
+
+
+def test_a_reserved_plan_keeps_no_adapter_beyond_its_slot() -> None:
+    """It lives as long as the server: what was evicted long ago would stay in memory."""
+    ops = TritonLoraOps(DEVICE)
+    plan = ops.reserve(4, 2)
+    slots = slots_of([4], torch.bfloat16, ALIGNED, DEVICE)
+    assert ops.refill(plan, (Segment(0, 2, 0),), slots)
+    alive = weakref.ref(slots[0])
+    del slots
+    gc.collect()
+    assert alive() is None
 
 
 @given(data=st.data(), tokens=st.integers(1, 300))

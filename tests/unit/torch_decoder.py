@@ -65,20 +65,28 @@ class _Reserved:
     a: torch.Tensor
     b: torch.Tensor
     segment_of: torch.Tensor
+    sites: frozenset[int] | None
 
 
 class StaticTorchOps(ReferenceLoraOps):
     """Implements `StaticLoraOps` by copying weights into what was reserved."""
 
-    def reserve(self, tokens: int, segments: int) -> _Reserved:
+    def __init__(self) -> None:
+        self.reserved: list[frozenset[int] | None] = []
+
+    def reserve(self, tokens: int, segments: int, sites: frozenset[int] | None = None) -> _Reserved:
+        self.reserved.append(sites)
         return _Reserved(
             torch.zeros(segments + 1, MAX_RANK, HIDDEN),
             torch.zeros(segments + 1, MAX_RANK, HIDDEN),
             torch.full((tokens,), segments),
+            sites,
         )
 
     def refill(self, prepared: _Reserved, segments: Sequence[Segment], slots: Mapping[int, PackedAdapter]) -> bool:
         adapters = [slots[segment.slot] for segment in segments]
+        if adapters and prepared.sites is not None and not prepared.sites:
+            return False
         if len(segments) >= len(prepared.a) or any(each.rank > MAX_RANK or each.changes for each in adapters):
             return False
         for part in (prepared.a, prepared.b):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,7 @@ from loraplex.server.engine.capture import CaptureBackend, CapturedStep
 from loraplex.server.engine.deferred_lora import DeferredLoraOps, DeferredSegments
 from loraplex.server.engine.kv_cache import KVCache
 from loraplex.server.engine.step_buffers import StepBuffers, StepLimits
-from loraplex.server.engine.step_shapes import StepShape, choose_shape, step_shapes
+from loraplex.server.engine.step_shapes import StepShape, choose_shapes, step_shapes
 from loraplex.server.lora.ops.interface import LoraContext, StaticLoraOps
 
 logger = logging.getLogger(__name__)
@@ -72,14 +72,20 @@ class GraphedForward:
         limits: StepLimits,
         vocab_size: int,
         device: torch.device,
+        site_groups: Sequence[frozenset[int] | None] = (None,),
     ) -> None:
-        """Capture nothing yet; `kv_cache` holds the limits' scratch block."""
+        """Capture nothing yet; `kv_cache` holds the limits' scratch block.
+
+        With LoRA every step is captured for each of `site_groups`, in which each is part of the next: adapters for few
+        modules, the usual ones, then cost no launches at others.
+        """
         self._forward = forward
         self._kv_cache = kv_cache
         self._ops = ops
         self._backend = backend
         self._limits = limits
         self._device = device
+        self._site_groups = site_groups
         self._buffers = StepBuffers(limits, backend, device)
         self._logits = torch.zeros(limits.max_rows, vocab_size, dtype=torch.float32, device=device)
         self._captured: dict[StepShape, _Captured] = {}
@@ -98,7 +104,7 @@ class GraphedForward:
             torch.OutOfMemoryError: if the device has no memory for the largest.
         """
         started, before = clock(), self._backend.reserved_bytes()
-        shapes = step_shapes(self._limits.max_rows)
+        shapes = step_shapes(self._limits.max_rows, len(self._site_groups))
         self._buffers.clear()
         for shape in shapes:
             if clock() - started > budget.max_seconds or self._backend.reserved_bytes() - before > budget.max_bytes:
@@ -131,7 +137,8 @@ class GraphedForward:
 
     def _capture(self, shape: StepShape) -> _Captured:
         batch = self._buffers.batch(shape.rows)
-        prepared = self._ops.reserve(shape.rows, shape.segments) if shape.segments else None
+        sites = self._site_groups[shape.group]
+        prepared = self._ops.reserve(shape.rows, shape.segments, sites) if shape.segments else None
         lora = None if prepared is None else LoraContext(self._ops, tokens=prepared, logits=prepared)
         logits = self._logits[: shape.rows]
         # Copied, so that no shape keeps logits of its own.
@@ -147,12 +154,10 @@ class GraphedForward:
             return False
         asked = _NO_SEGMENTS if lora is None else lora.tokens
         assert isinstance(asked, DeferredSegments), "lora_ops prepares what the runner hands over"
-        shape = choose_shape(self._captured, rows, len(asked.segments))
-        if shape is None:
-            return False
-        captured = self._captured[shape]
-        if captured.prepared is not None and not self._ops.refill(captured.prepared, asked.segments, asked.slots):
-            return False
-        self._buffers.load(batch, shape.rows)
-        captured.step.replay()
-        return True
+        for shape in choose_shapes(self._captured, rows, len(asked.segments)):
+            captured = self._captured[shape]
+            if captured.prepared is None or self._ops.refill(captured.prepared, asked.segments, asked.slots):
+                self._buffers.load(batch, shape.rows)
+                captured.step.replay()
+                return True
+        return False

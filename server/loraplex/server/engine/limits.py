@@ -13,6 +13,9 @@ from loraplex.server.engine.step_shapes import step_shapes
 from loraplex.server.errors import ModelLoadError
 from loraplex.server.models.loader import LoadedModel
 
+SITE_GROUPS = 2
+"""Of steps with adapters: those for q, k and v alone, and those for any layer's products."""
+
 
 @dataclass(frozen=True)
 class EngineLimits:
@@ -73,5 +76,5 @@ def _plan(model: LoadedModel, config: EngineConfig, memory: DeviceMemory) -> Mem
         adapters=config.adapter_device_memory,
         config=model.decoder.config,
         size=StepSize(config.max_num_batched_tokens, config.max_num_seqs, model.dtype.itemsize),
-        graphs=len(step_shapes(config.max_num_seqs)) if config.cuda_graphs else 0,
+        graphs=len(step_shapes(config.max_num_seqs, SITE_GROUPS)) if config.cuda_graphs else 0,
     )

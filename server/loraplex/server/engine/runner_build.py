@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
@@ -15,11 +16,12 @@ from loraplex.server.engine.limits import EngineLimits, adapter_dtype, kv_cache_
 from loraplex.server.engine.model_runner import ModelRunner
 from loraplex.server.engine.request import GenerationRequest, SamplingParams
 from loraplex.server.engine.scheduler import ScheduledSequence
-from loraplex.server.engine.sequence import Sequence
+from loraplex.server.engine.sequence import Sequence as EngineSequence
 from loraplex.server.engine.step_buffers import StepLimits
 from loraplex.server.errors import ModelLoadError
 from loraplex.server.lora.ops.interface import StaticLoraOps, make_lora_ops
 from loraplex.server.lora.packing import pack_adapter
+from loraplex.server.lora.weights import LinearSite
 from loraplex.server.models.loader import LoadedModel
 
 # Of a prompt that every kernel has something to do for, also those that leave short ones to others.
@@ -53,7 +55,7 @@ def _make_runner(
     model: LoadedModel, config: EngineConfig, limits: EngineLimits, gpu: Accelerator | None
 ) -> ModelRunner:
     device, shape = torch.device(model.device), kv_cache_shape(model, config)
-    ops, plan = make_lora_ops(device), limits.plan
+    ops, plan = make_lora_ops(device, adapter_dtype(model, config)), limits.plan
     if gpu is None:
         from loraplex.server.models.captured import CapturedDecoder
 
@@ -64,9 +66,19 @@ def _make_runner(
     cache = KVCache(shape, limits.num_blocks + 1, device)
     steps = StepLimits(config.max_num_seqs, limits.max_model_len, config.block_size, scratch_block=limits.num_blocks)
     forward = model.decoder.forward
-    graphed = GraphedForward(forward, cache, ops, gpu.capture_backend(), steps, model.vocab_size, device)
+    groups = site_groups(model.decoder.sites)
+    graphed = GraphedForward(forward, cache, ops, gpu.capture_backend(), steps, model.vocab_size, device, groups)
     graphed.capture(CaptureBudget(max_bytes=plan.graphs))
     return ModelRunner(graphed, cache, graphed.lora_ops, _HOST, gpu.current)
+
+
+def site_groups(sites: Sequence[LinearSite]) -> tuple[frozenset[int], ...]:
+    """Return the sites of the usual adapters: of those for q, k and v alone, and of those for any layer's products.
+
+    Steps with adapters for lm_head are rare and not captured.
+    """
+    attention = frozenset(index for index, site in enumerate(sites) if site.name.endswith(".qkv"))
+    return attention, frozenset(range(len(sites) - 1))
 
 
 def _warm_up(runner: ModelRunner, model: LoadedModel, dtype: torch.dtype) -> None:
@@ -84,7 +96,7 @@ def _warm_up(runner: ModelRunner, model: LoadedModel, dtype: torch.dtype) -> Non
     prompt = (0,) * min(WARM_UP_TOKENS, model.max_model_len)
     for computed in (len(prompt) - 1, 0):
         request = GenerationRequest("warm-up", prompt, SamplingParams(seed=0), adapter_digest=adapter.digest)
-        seq = Sequence(request, choice=0, arrival_s=0.0)
+        seq = EngineSequence(request, choice=0, arrival_s=0.0)
         seq.block_table = [0] * len(prompt)
         seq.num_computed_tokens = computed
         rows.append(ScheduledSequence(seq, seq.num_uncomputed_tokens))

@@ -12,25 +12,40 @@ _SEGMENT_GROWTH = 4
 
 @dataclass(frozen=True, order=True)
 class StepShape:
-    """Up to `rows` rows of one token; up to `segments` segments of adapters, 0 for a step without LoRA."""
+    """Up to `rows` rows of one token; up to `segments` segments of adapters, 0 for a step without LoRA.
+
+    `group` is the group of sites at which adapters may act, the smaller the fewer sites.
+    """
 
     rows: int
     segments: int
+    group: int = 0
 
 
-def step_shapes(max_rows: int) -> list[StepShape]:
-    """Return the shapes to capture for up to `max_rows` rows, the largest first.
+def step_shapes(max_rows: int, groups: int = 1) -> list[StepShape]:
+    """Return the shapes to capture for up to `max_rows` rows and each group of sites, the largest first.
 
     The largest first, because it takes the memory that the others share, and because every step fits in it: wherever
     capturing is broken off, steps run as the next larger shape.
     """
-    shapes = {StepShape(rows, segments) for rows in _rows(max_rows) for segments in _segments(rows)}
-    return sorted(shapes, reverse=True)
+    return sorted(
+        (
+            StepShape(rows, segments, group)
+            for rows in _rows(max_rows)
+            for segments in _segments(rows)
+            for group in (range(groups) if segments else (0,))
+        ),
+        reverse=True,
+    )
 
 
-def choose_shape(captured: Collection[StepShape], rows: int, segments: int) -> StepShape | None:
-    """Return the smallest captured shape that holds a step, rows counted first; None if there is none."""
-    return min((shape for shape in captured if shape.rows >= rows and shape.segments >= segments), default=None)
+def choose_shapes(captured: Collection[StepShape], rows: int, segments: int) -> list[StepShape]:
+    """Return the smallest captured shapes that hold a step, rows counted first: one for each group of sites."""
+    fitting = [shape for shape in captured if shape.rows >= rows and shape.segments >= segments]
+    if not fitting:
+        return []
+    smallest = min(fitting)
+    return sorted(s for s in fitting if (s.rows, s.segments) == (smallest.rows, smallest.segments))
 
 
 def _rows(most: int) -> set[int]:

@@ -66,19 +66,20 @@ class StaticLoraOps(LoraOps, Protocol):
     `refill` found them, so that adapters may come and go between replays.
     """
 
-    def reserve(self, tokens: int, segments: int) -> object:
+    def reserve(self, tokens: int, segments: int, sites: frozenset[int] | None = None) -> object:
         """Return what `add` takes, naming no adapter yet, with room for up to `segments` segments in `tokens` tokens.
 
-        `add` never writes to tokens that are in no segment.
+        Adapters may act at `sites` only (None: everywhere), and nothing is launched at others. `add` never writes to
+        tokens that are in no segment.
         """
         ...
 
     def refill(self, prepared: Any, segments: Sequence[Segment], slots: Mapping[int, PackedAdapter]) -> bool:
         """Make `prepared` say what `prepare(segments, slots)` would; return False, with nothing changed, if it cannot.
 
-        It cannot if there are more segments or larger ranks than were reserved, or if an adapter changes more than
-        the slices of A and B do. Takes its turn in the work of the device's current stream, behind what was launched
-        with the old content, and waits for nothing.
+        It cannot if there are more segments, larger ranks or other sites than were reserved, or if an adapter changes
+        more than the slices of A and B do. Takes its turn in the work of the device's current stream, behind what was
+        launched with the old content, and waits for nothing.
 
         Raises:
             KeyError, ValueError: as `prepare` does.
@@ -113,16 +114,17 @@ class LoraContext:
     overrides: Overrides | None = None
 
 
-def make_lora_ops(device: torch.device) -> LoraOps:
-    """Return the fastest operator there is for `device`."""
+def make_lora_ops(device: torch.device, weights: torch.dtype = torch.bfloat16) -> LoraOps:
+    """Return the fastest operator there is for `device` and adapters in the dtype `weights`."""
     if device.type == "cpu":
         from loraplex.server.lora.ops.cpu import CpuLoraOps
 
         return CpuLoraOps()
-    if device.type == "cuda":
+    if device.type == "cuda" and weights in (torch.float32, torch.bfloat16):
         from loraplex.server.lora.ops.triton import TritonLoraOps
+        from loraplex.server.lora.ops.triton_plan import Reserved
 
-        return TritonLoraOps(device)
+        return TritonLoraOps(device, Reserved(dtype=weights))
     from loraplex.server.lora.ops.reference import ReferenceLoraOps
 
     return ReferenceLoraOps()

@@ -62,7 +62,7 @@ class LoraPlan:
 
     `extents` is per site the (in_features, smallest out_features) that the adapters need, (0, 0) where there is nothing
     to do; `end` is the end of the last segment; `changes` are the segments whose adapters need more than the kernels;
-    `kept` keeps adapters and their tables alive.
+    `kept` keeps adapters and their tables alive; where the plan is reserved, the slots do.
     """
 
     limits: LoraLimits
@@ -111,9 +111,9 @@ class TritonLoraOps:
         self._fill(plan, chosen, kinds)
         return plan
 
-    def reserve(self, tokens: int, segments: int) -> LoraPlan:
+    def reserve(self, tokens: int, segments: int, sites: frozenset[int] | None = None) -> LoraPlan:
         """Return an empty plan of fixed size; see `StaticLoraOps`. For adapters as `Reserved` says."""
-        limits = self._reserved.limits(tokens, segments)
+        limits = self._reserved.limits(tokens, segments, sites)
         records = torch.empty(record_size(limits.kinds), dtype=torch.int64, device=self._device)
         plan = LoraPlan(limits, records, self._reserved.dtype, reserved_tokens=tokens)
         self._copy(tuple(map(KindRecords, TILE_SHAPES)), plan)
@@ -179,7 +179,9 @@ class TritonLoraOps:
         plan.extents = tuple(map(tuple, _extents(adapters).tolist())) if adapters else ()
         plan.end = max((segment.end for segment, _ in chosen), default=0)
         plan.changes = tuple((segment, adapter.beyond_table) for segment, adapter in chosen if adapter.beyond_table)
-        plan.kept = (*adapters, *(self._resident(adapter).table for adapter in adapters))
+        # A replayed plan stays for good: what it kept would outlive the slots. They keep it until the step is launched,
+        # and whatever takes its memory waits for that step.
+        plan.kept = () if plan.reserved else (*adapters, *(self._resident(adapter).table for adapter in adapters))
 
     def _copy(self, kinds: Sequence[KindRecords], plan: LoraPlan) -> None:
         # Pinned memory anew in every step: torch gives a block out again only after the copy from it is done.

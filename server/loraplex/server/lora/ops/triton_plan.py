@@ -111,17 +111,18 @@ class Reserved:
         max_rank: of any slice; it costs workspace, not time.
         slices: modules in one site.
         aligned: whether modules must have multiples of 16 outputs, which loads weights 16 bytes at a time.
-        sites: those at which adapters may do anything; None is all, and costs two launches at each.
     """
 
     dtype: torch.dtype = torch.bfloat16
     max_rank: int = 256
     slices: int = 3
     aligned: bool = True
-    sites: frozenset[int] | None = None
 
-    def limits(self, tokens: int, segments: int) -> LoraLimits:
-        """Return what up to `segments` segments of such adapters in `tokens` tokens may come to."""
+    def limits(self, tokens: int, segments: int, sites: frozenset[int] | None = None) -> LoraLimits:
+        """Return what up to `segments` segments of such adapters in `tokens` tokens may come to at `sites` (None: all).
+
+        Each site costs two launches.
+        """
         long = min(segments, tokens // MIN_LONG_TOKENS)
         # A segment has at most one tile that is not full.
         counts = (segments + tokens // SHORT.tokens, long + tokens // LONG.tokens if long else 0)
@@ -129,7 +130,7 @@ class Reserved:
         for shape, tiles in zip(TILE_SHAPES, counts, strict=True):
             blocks = -(-self.max_rank // shape.ranks)
             kinds.append(TileLimits(tiles, tiles * blocks, tiles * shape.tokens * blocks * shape.ranks * self.slices))
-        return LoraLimits(tuple(kinds), self.slices, self.sites, self.aligned, plain=True)
+        return LoraLimits(tuple(kinds), self.slices, sites, self.aligned, plain=True)
 
 
 @dataclass(frozen=True)
