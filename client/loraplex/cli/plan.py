@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from loraplex.cli import plan_steps
 from loraplex.cli.connection import JsonOption
 from loraplex.cli.model import with_demo
 from loraplex.cli.sizes import format_size
@@ -46,6 +47,10 @@ def plan(
     measure: Annotated[
         bool, typer.Option("--measure", help="Train two steps by each method too, here.", rich_help_panel=_TRAINING)
     ] = False,
+    card: Annotated[
+        str,
+        typer.Option("--device", help="Steps on h100, h100-pcie, h200, a100 or l4.", rich_help_panel=_SERVING),
+    ] = "",
     chart: Annotated[Path | None, typer.Option(help="Draw the plan into this PNG or SVG file.")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -79,10 +84,17 @@ def plan(
         from loraplex.adapters.training.memory_chart import draw_memory
 
         draw_memory(result, chart)
+    steps = None
+    if card:
+        wanted = plan_steps.planned_steps(sequences, context, adapters, rank, tuple(target or ()))
+        shape = plan_steps.decoder_shape(architecture)
+        steps = plan_steps.steps_document(shape, wanted, plan_steps.card_named(card))
     if as_json:
-        print_json(plan_document(result, training, serving))
+        print_json(plan_document(result, training, serving) | ({"steps_on_device": steps} if steps else {}))
         return
     to_stdout().print(plan_table(result))
+    if steps:
+        to_stdout().print(plan_steps.steps_table(steps))
 
 
 def _measured(result: MemoryPlan, architecture: ModelArchitecture, training: TrainingShape) -> MemoryPlan:
