@@ -16,7 +16,7 @@ DEV_READY := $(VENV)/.dev-ready
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-train serve bench bench-cpu bench-adapters bench-merge bench-peers venv test lint pytest proto format clean distclean
+.PHONY: help demo demo-train serve bench bench-cpu bench-adapters bench-merge bench-peers gpu-check gpu-bench venv test lint pytest proto format clean distclean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,16 @@ bench-merge: $(DEV_READY) ## What a merge costs the requests served beside it; w
 
 bench-peers: $(DEV_READY) ## The same load on vLLM, OpenVINO, llama.cpp, PEFT and ours, answers checked; writes bench/results/peers.json
 	TORCH_INDEX=$(TORCH_INDEX) $(BIN)/loraplex bench peers $(ARGS)
+
+# With the machine's own Python and packages (torch, triton, transformers, PEFT): nothing is installed.
+GPU_PYTHON ?= python3
+GPU_RUN := PYTHONPATH=server:client:protos:adapters:bench $(GPU_PYTHON) -m loraplex.bench.gpu
+
+gpu-check: ## Check kernels, decoder, captured steps and isolation on a GPU; ARGS="--device cpu" tries it without
+	$(GPU_RUN) check $(ARGS)
+
+gpu-bench: ## Measure the GPU's targets; writes bench/results/gpu.json and a chart
+	$(GPU_RUN) bench $(ARGS)
 
 venv: $(DEV_READY) ## Make the whole development environment
 

@@ -12,15 +12,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from loraplex.bench.charts import draw_cpu, draw_growth, draw_peers
+from loraplex.bench.charts import draw_cpu, draw_gpu, draw_growth, draw_peers
+from loraplex.bench.gpu.cards import CARDS
+from loraplex.bench.gpu.step_model import SHAPES, model_document
 from loraplex.bench.performance_page import PERFORMANCE_PARTS, README_PARTS, fill
 
 ROOT = Path(__file__).parents[1]
 PAGES = {ROOT / "docs" / "PERFORMANCE.md": PERFORMANCE_PARTS, ROOT / "README.md": README_PARTS}
 IMAGES = ROOT / "docs" / "images"
 RESULTS = ROOT / "bench" / "results"
-NAMES = ("cpu", "peers", "peers-machine", "growth", "quality", "roofline")
-CHARTS: dict[str, Callable[[Any, Path], None]] = {"cpu": draw_cpu, "growth": draw_growth, "peers": draw_peers}
+NAMES = ("cpu", "peers", "peers-machine", "growth", "quality", "roofline", "gpu")
+CHARTS: dict[str, Callable[[Any, Path], None]] = {
+    "cpu": draw_cpu,
+    "growth": draw_growth,
+    "peers": draw_peers,
+    "gpu": draw_gpu,
+}
 
 
 def main() -> None:
@@ -30,6 +37,7 @@ def main() -> None:
         for name in NAMES
         if (RESULTS / f"{name}.json").is_file()
     }
+    documents["gpu-model"] = model_document(SHAPES["llama-3.1-8b"], CARDS["h100"])
     for page, parts in PAGES.items():
         page.write_text(fill(page.read_text(encoding="utf-8"), documents, parts), encoding="utf-8")
     for name, draw in CHARTS.items():

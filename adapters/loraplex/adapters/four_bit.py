@@ -22,6 +22,13 @@ _CELLS = 1024
 # Blocks that are worked on at a time: 1 MB of float32, which stays in a core's cache.
 _CHUNK = 4096
 
+# QLoRA (Dettmers et al. 2023), appendix E; here, so that machines without bitsandbytes know them too.
+NF4_VALUES = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
+    *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
+    *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+
 
 @dataclass(frozen=True)
 class Blocks:
@@ -118,6 +125,8 @@ def code_values(kind: str) -> torch.Tensor:
     """
     if kind not in KINDS:
         raise ValueError(f"the kind must be one of {', '.join(KINDS)}, not {kind!r}")
+    if kind == "nf4":
+        return torch.tensor(NF4_VALUES)
     values: torch.Tensor = import_bitsandbytes().functional.get_4bit_type(kind, device="cpu")
     return values
 

@@ -63,6 +63,25 @@ def draw_peers(entries: Sequence[Mapping[str, Any]], path: Path) -> None:
     _save(figure, path)
 
 
+def draw_gpu(document: Mapping[str, Any], path: Path) -> None:
+    """Draw the measured steps of a document of `gpu.document`, beside what the model says of the targets' steps."""
+    figure, (steps, targets) = _subplots(1, 2, (12, 3.8))
+    for place, (name, ms) in enumerate(reversed(document["steps_ms"].items())):
+        steps.barh(place, ms, color=BLUE)
+        steps.text(ms, place, f" {name}: {ms:.2f}", va="center", fontsize=8)
+    steps.set(title=f"decode steps of {document['model']}", xlabel="ms", yticks=[])
+    steps.margins(x=0.6)
+    for place, (name, step) in enumerate(reversed(document["modelled"]["steps"].items())):
+        targets.barh(place, step["modelled_ms"], color=GREY)
+        targets.barh(place, step["bound_ms"], color=ORANGE)
+        targets.text(step["modelled_ms"], place, f" {name}: {step['modelled_ms']:.2f}", va="center", fontsize=8)
+    targets.set(
+        title=f"modelled: reading (orange) and launches, {document['modelled']['card']}", xlabel="ms", yticks=[]
+    )
+    targets.margins(x=0.6)
+    _save(figure, path)
+
+
 def _bar(axes: Any, place: float, value: float | None, colour: str, wrong: bool) -> None:
     fill = "white" if wrong else colour
     axes.barh(place, value or 0.0, 0.36, color=fill, edgecolor=colour, hatch="///" if wrong else None)

@@ -9,6 +9,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from loraplex.bench.gpu.targets import TARGETS
+
 Documents = Mapping[str, Any]
 """What the commands wrote, by the file's name without its ending."""
 
@@ -144,12 +146,44 @@ def growth_part(documents: Documents) -> str:
     )
 
 
+def gpu_model_part(documents: Documents) -> str:
+    """Return what the model says of steps on a GPU; nothing of it is measured."""
+    model = documents["gpu-model"]
+    header = ["step", "weights", "keys and values", "adapters", "launches", "at least", "with launches"]
+    rows = [
+        [
+            name,
+            *(f"{step[key] / 1e9:.2f} GB" for key in ("weight_bytes", "cache_bytes", "adapter_bytes")),
+            str(step["launches"]),
+            *(f"{step[key]:.2f} ms" for key in ("bound_ms", "modelled_ms")),
+        ]
+        for name, step in model["steps"].items()
+    ]
+    where = f"{model['model']} on {model['card']}, {model['bandwidth_tb_s']} TB/s"
+    return f"**Modelled, not measured**: {where} (90 % of what the {model['source']} says).\n\n{_table(header, rows)}"
+
+
+def gpu_part(documents: Documents) -> str:
+    """Return the GPU's targets with what was measured, and what the model says for that card."""
+    gpu = documents["gpu"]
+    rows = []
+    for target in TARGETS:
+        modelled = "-" if target.modelled is None else f"{target.modelled(gpu['modelled']['steps']):.2f}"
+        rows.append([target.what, target.text, modelled, f"{gpu[target.key]:.2f}{target.unit}"])
+    origin = f"`{gpu['command']}` at {gpu['commit'] or 'an unknown commit'} on {gpu['device']}, {gpu['model']}"
+    note = f"The NF4 product is {gpu['nf4_product']}."
+    chart = "![Decode steps on a GPU, measured and modelled](images/gpu.png)"
+    return f"{chart}\n\n{origin}. {note}\n\n{_table(['what', 'target', 'modelled', 'measured'], rows)}"
+
+
 PERFORMANCE_PARTS: Parts = {
     "targets": (["cpu"], targets),
     "peers": (["peers"], peers_part),
     "roofline": (["roofline"], roofline_part),
     "growth": (["growth"], growth_part),
     "quality": (["quality"], quality_part),
+    "gpu-model": (["gpu-model"], gpu_model_part),
+    "gpu": (["gpu"], gpu_part),
 }
 README_PARTS: Parts = {"chart": (["peers", "peers-machine"], readme_chart)}
 

@@ -77,6 +77,11 @@ def plan(
         dtype=kind,
         on_cpu=not torch.cuda.is_available() if on_cpu is None else on_cpu,
     )
+    steps = None
+    if card:
+        wanted = plan_steps.planned_steps(sequences, context, adapters, rank, tuple(target or ()))
+        shape = plan_steps.decoder_shape(architecture)
+        steps = plan_steps.steps_document(shape, wanted, plan_steps.card_named(card))
     result = plan_memory(architecture, training, serving)
     if measure:
         result = _measured(result, architecture, training)
@@ -84,11 +89,6 @@ def plan(
         from loraplex.adapters.training.memory_chart import draw_memory
 
         draw_memory(result, chart)
-    steps = None
-    if card:
-        wanted = plan_steps.planned_steps(sequences, context, adapters, rank, tuple(target or ()))
-        shape = plan_steps.decoder_shape(architecture)
-        steps = plan_steps.steps_document(shape, wanted, plan_steps.card_named(card))
     if as_json:
         print_json(plan_document(result, training, serving) | ({"steps_on_device": steps} if steps else {}))
         return
