@@ -155,6 +155,13 @@ def test_memory_that_was_let_go_is_used_again_and_an_alias_does_not_hold_it() ->
     assert seen.flatten().tolist() == [2] * 4 + [1] * 12
 
 
+def test_steps_that_grow_row_by_row_take_little_more_than_the_largest() -> None:
+    workspace, columns = Workspace(), 1000
+    for rows in range(1, 65):
+        workspace.empty(rows, columns, dtype=torch.float32)
+    assert workspace.nbytes < 4 * 64 * columns * 4
+
+
 def test_results_lie_in_the_workspace_only_while_it_is_asked_for() -> None:
     workspace = Workspace()
     assert team_size(False) == 1

@@ -25,7 +25,10 @@ _UNUSED = sys.getrefcount(_PROBE[0])
 
 
 class Workspace:
-    """Pieces of memory that are never given back. Not for two recordings at once, but for many one after the other."""
+    """Pieces of memory that are never given back. Not for two recordings at once, but for many one after the other.
+
+    Their sizes are powers of two: of steps with one row more each time, none would find the last one's large enough.
+    """
 
     def __init__(self) -> None:
         """Start with nothing."""
@@ -52,7 +55,7 @@ class Workspace:
         ]
         if fitting:
             return pieces[min(fitting)[1]]
-        pieces.append(np.empty(nbytes, dtype=np.uint8))
+        pieces.append(np.empty(1 << (nbytes - 1).bit_length(), dtype=np.uint8))
         return pieces[-1]
 
 
