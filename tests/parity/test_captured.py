@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,15 +10,17 @@ import pytest
 import torch
 
 from loraplex.adapters.binding import BoundAdapter, ModuleWeights
-from loraplex.server.lora.ops.interface import LoraContext, make_lora_ops
+from loraplex.server.lora.ops.interface import LoraContext, LoraOps, make_lora_ops
+from loraplex.server.lora.overrides import find_overrides
 from loraplex.server.lora.packing import pack_adapter
-from loraplex.server.lora.segments import build_segments
+from loraplex.server.lora.segments import LoraBatch, build_segments
 from loraplex.server.lora.weights import PackedAdapter
 from loraplex.server.models import captured as captured_module
 from loraplex.server.models.captured import CapturedDecoder
 from loraplex.server.models.integer_product import integer_products_available
 from loraplex.server.models.loader import LoadedModel, load_model
 from loraplex.server.native.program import Program
+from tests.parity.adapter_variants import VARIANTS, Draw
 from tests.parity.paged_rows import PagedRows
 from tests.parity.tiny_models import TinyModel
 
@@ -108,6 +111,67 @@ def test_replayed_steps_are_the_called_ones(
     assert runs == [threads] * len(ROWS_IN_TURN)
     for one, other in zip(replayed, logits(model, None, slots), strict=True):
         assert torch.equal(one, other)
+
+
+class EveryStepAnew:
+    """Random rows and adapters of all kinds, packed for each step: where the last step's lay, others lie now."""
+
+    def __init__(self, model: LoadedModel, ops: LoraOps, steps: int) -> None:
+        self._model, self._ops = model, ops
+        self._bound = {name: make(model.base, Draw(number)) for number, (name, make) in enumerate(VARIANTS.items())}
+        plain = self._bound["plain"].modules
+        for part in ("q_proj", "down_proj", "lm_head"):
+            self._bound[part] = BoundAdapter(part, {name: w for name, w in plain.items() if part in name})
+        draw = random.Random(0)
+        # Mostly what a program can do, so that steps of one size differ in the sites that are touched.
+        names = [None, *self._bound, *("plain", "dora", "bias_on_b", "q_proj", "down_proj", "lm_head") * 3]
+        rows = [draw.sample(range(4), draw.randint(1, 4)) for _ in range(steps)]
+        self._steps = [{row: draw.choice(names) for row in together} for together in rows]
+
+    def logits(self, captured: CapturedDecoder | None) -> list[torch.Tensor]:
+        """Run all steps and return every logit of each row."""
+        generator = torch.Generator().manual_seed(1)
+        sequences = [torch.randint(3, 90, (len(self._steps),), generator=generator).tolist() for _ in range(4)]
+        rows = PagedRows(self._model.decoder, sequences, self._model.dtype, run_by=captured)
+        for number, adapters in enumerate(self._steps):
+            rows.advance(dict.fromkeys(adapters, 1), self._context(list(adapters.values()), number))
+        return [torch.stack(each) for each in rows.logits]
+
+    def _context(self, names: list[str | None], step: int) -> LoraContext | None:
+        decoder = self._model.decoder
+        dtype = torch.float32 if step % 7 == 6 else torch.bfloat16
+        slots = {
+            slot: pack_adapter(self._bound[name], decoder.sites, dtype, torch.device("cpu"), decoder.base)
+            for slot, name in enumerate(names)
+            if name is not None
+        }
+        scales = [1.0 if slot in slots and slots[slot].holds_one_scale else 0.5 + slot for slot in range(len(names))]
+        segments = build_segments((1, slot if slot in slots else None, scales[slot]) for slot in range(len(names)))
+        if not segments:
+            return None
+        prepared = self._ops.prepare(segments, slots)
+        return LoraContext(self._ops, prepared, prepared, find_overrides(LoraBatch(segments, segments), slots))
+
+
+@needs_vnni
+def test_whatever_differs_between_two_steps_is_set_anew_or_recorded(tmp_path: Path, threads: int) -> None:
+    """A model with windows, steps with and without adapters, of two dtypes, some with what only PyTorch computes."""
+    TinyModel("mistral-window", "mistral", SIZES | {"sliding_window": 7}).save(tmp_path)
+    model = load_model(str(tmp_path), quantization="nf4", dtype="auto")
+    steps = EveryStepAnew(model, make_lora_ops(torch.device("cpu")), 80)
+    for one, other in zip(steps.logits(CapturedDecoder(model.decoder)), steps.logits(None), strict=True):
+        assert torch.equal(one, other)
+
+
+@needs_vnni
+def test_another_cache_is_refused(folder: Path) -> None:
+    """Also by a step that would be recorded: those recorded before have the first one's addresses."""
+    model = load_model(str(folder), quantization="nf4", dtype="auto")
+    captured = CapturedDecoder(model.decoder)
+    first, second = (PagedRows(model.decoder, [[5, 6], [7, 8]], model.dtype, run_by=captured) for _ in range(2))
+    first.advance({0: 1})
+    with pytest.raises(AssertionError, match="one KV cache"):
+        second.advance({0: 1, 1: 1})
 
 
 @needs_vnni

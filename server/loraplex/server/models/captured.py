@@ -87,6 +87,7 @@ class CapturedDecoder:
         steps = self._step_arguments(batch, kv_cache, lora) if self._recordable else None
         if steps is None:
             return self._decoder.forward(batch, kv_cache, lora)
+        assert self._kv_cache in (None, kv_cache), "recorded calls have the addresses of one KV cache"
         x, rotation = self._decoder.inputs(batch, None)
         key = (len(x), torch.get_num_threads(), *_lora_key(lora))
         captured = self._captured.get(key)
@@ -94,7 +95,6 @@ class CapturedDecoder:
             captured = self._capture(key, batch, kv_cache, lora, x, rotation)
             if captured is None:
                 return self._decoder.forward(batch, kv_cache, lora)
-        assert kv_cache is self._kv_cache, "recorded calls have the addresses of one KV cache"
         self._captured.move_to_end(key)
         captured.x.copy_(x)
         if captured.angles is not None:

@@ -129,9 +129,9 @@ class CpuLoraOps:
         return StepArguments(step.run, kernel.STEP_FIELDS, step.arguments[kernel.STEP_FIELDS :], step)
 
     def touched(self, prepared: Any) -> Hashable:
-        """Return what tells whether two steps call the kernel at the same sites."""
+        """Return what tells whether two steps call the same kernel at the same sites."""
         step: _Prepared = prepared
-        return tuple(in_features for in_features, _ in step.extents)
+        return step.run, tuple(in_features for in_features, _ in step.extents)
 
 
 def warm_up(weights: torch.dtype) -> None:
