@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from loraplex.adapters.binding import BoundAdapter, ModuleWeights
+from loraplex.server.config import EngineConfig
 from loraplex.server.lora.ops.interface import LoraContext, LoraOps, make_lora_ops
 from loraplex.server.lora.overrides import find_overrides
 from loraplex.server.lora.packing import pack_adapter
@@ -21,8 +22,10 @@ from loraplex.server.models.integer_product import integer_products_available
 from loraplex.server.models.loader import LoadedModel, load_model
 from loraplex.server.native.program import Program
 from tests.parity.adapter_variants import VARIANTS, Draw
+from tests.parity.engine_runs import running_engine
 from tests.parity.paged_rows import PagedRows
 from tests.parity.tiny_models import TinyModel
+from tests.unit.fakes import byte_tokenizer
 
 needs_vnni = pytest.mark.skipif(not integer_products_available(), reason="this CPU has no AVX512-VNNI")
 
@@ -172,6 +175,23 @@ def test_another_cache_is_refused(folder: Path) -> None:
     first.advance({0: 1})
     with pytest.raises(AssertionError, match="one KV cache"):
         second.advance({0: 1, 1: 1})
+
+
+@needs_vnni
+def test_an_engine_has_replayed_before_its_first_request(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that no request waits while what runs programs is compiled."""
+    runs: list[int] = []
+    run = Program.run
+
+    def counted(program: Program, threads: int) -> None:
+        runs.append(threads)
+        run(program, threads)
+
+    monkeypatch.setattr(Program, "run", counted)
+    model = load_model(str(folder), quantization="nf4", dtype="auto")
+    no_adapters: dict[str, BoundAdapter] = {}
+    with running_engine(model, byte_tokenizer(), EngineConfig(kv_cache_memory=2**20), no_adapters.__getitem__):
+        assert runs
 
 
 @needs_vnni

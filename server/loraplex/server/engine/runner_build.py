@@ -82,7 +82,7 @@ def site_groups(sites: Sequence[LinearSite]) -> tuple[frozenset[int], ...]:
 
 
 def _warm_up(runner: ModelRunner, model: LoadedModel, dtype: torch.dtype) -> None:
-    """Run a decode and a prompt with an adapter on every layer, so that what compiles at first use does so now.
+    """Run a decode beside a prompt and alone, with an adapter on every layer: what compiles at first use does so now.
 
     What it leaves in the first KV block is overwritten before it is read.
     """
@@ -100,4 +100,5 @@ def _warm_up(runner: ModelRunner, model: LoadedModel, dtype: torch.dtype) -> Non
         seq.block_table = [0] * len(prompt)
         seq.num_computed_tokens = computed
         rows.append(ScheduledSequence(seq, seq.num_uncomputed_tokens))
-    runner.run(rows, lambda digest: 0, {0: adapter})
+    for together in (rows, rows[:1]):
+        runner.run(together, lambda digest: 0, {0: adapter})
