@@ -22,9 +22,8 @@ from loraplex.server.models.linear import Linear
 _log = logging.getLogger(__name__)
 
 BLOCK = 64  # inputs that share a scale in 4-bit and rounded weights
-_INT8_BLOCK = (
-    192  # 16-bit activations times 8-bit weights: up to 512 sums have room in 32 bits; threads share blocks out
-)
+# Activations of 16 bits times 8-bit weights: up to 512 sums have room in 32 bits. Threads share the blocks out.
+_INT8_BLOCK = 192
 _INT8_LARGEST = 127
 _LARGEST = 2**12 - 1  # of the integers that stand for 4-bit codes and rounded weights: leaves activations 13 bits
 _CHUNK_WEIGHTS = 1 << 20  # rounded at a time
