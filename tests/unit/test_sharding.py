@@ -69,7 +69,21 @@ def test_what_does_not_divide_is_refused(kind: str, parts: int) -> None:
         shard_site(SITES[kind], CONFIG, 0, parts)
 
 
-def test_a_single_module_for_q_k_and_v_is_refused() -> None:
-    fused = Layout(CONFIG, replace(ModuleNames(), qkv=("attention.c_attn",))).linears[0].site
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [("qkv", ModuleNames(qkv=("attention.qkv",))), ("gate_up", ModuleNames(gate_up=("mlp.both",)))],
+)
+def test_several_projections_in_one_module_are_refused(kind: str, names: ModuleNames) -> None:
+    """As in Phi-3: the first half of gate and up side by side is all of the gate, and nothing of up."""
+    linears = Layout(CONFIG, names).linears
+    (fused,) = (linear.site for linear in linears if linear.name.endswith(kind))
     with pytest.raises(ValueError, match="one module"):
         shard_site(fused, CONFIG, 0, 2)
+
+
+def test_a_plain_mlp_is_one_module_and_divides() -> None:
+    config = replace(CONFIG, gated_mlp=False)
+    linears = Layout(config, ModuleNames(gate_up=("mlp.fc",))).linears
+    (plain,) = (linear.site for linear in linears if linear.name.endswith("gate_up"))
+    shards = [shard_site(plain, config, index, 2) for index in range(2)]
+    assert [[*shard.outputs.values()] for shard in shards] == [[(0, 10)], [(10, 20)]]

@@ -35,7 +35,7 @@ def shard_site(site: LinearSite, config: DecoderConfig, index: int, parts: int) 
     Heads stay whole. Where there are fewer KV heads than devices, several devices hold the same ones.
 
     Raises:
-        ValueError: if the model does not divide by `parts`, or its q, k and v are one module.
+        ValueError: if the model does not divide by `parts`, or its q, k and v, or gate and up, are one module.
     """
     kind = site.name.rpartition(".")[2]
     if kind in ("o", "down"):
@@ -44,6 +44,8 @@ def shard_site(site: LinearSite, config: DecoderConfig, index: int, parts: int) 
     if kind == "qkv":
         return SiteShard((0, site.in_features), _qkv(site, config, index, parts))
     assert kind in ("gate_up", LM_HEAD), f"{site.name} is no packed product of a decoder"
+    if kind == "gate_up" and config.gated_mlp and len(site.targets) == 1:
+        raise ValueError(f"{site.name}: gate and up are one module, of which a device has no single range of outputs")
     outputs = {name: _share(site.name, span, span[1] - span[0], index, parts) for name, span in site.targets.items()}
     return SiteShard((0, site.in_features), outputs)
 
