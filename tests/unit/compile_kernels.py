@@ -29,6 +29,8 @@ from loraplex.server.models import triton_four_bit_kernel as four_bit
 from loraplex.server.models.triton_four_bit import HALF, OUTPUTS
 
 H100 = GPUTarget("cuda", 90, 32)
+# What changes from step to step. Compiled anew for a 1, or a multiple of 16, all requests of a step would wait for it.
+CHANGING = ("tiles", "units", "hidden_size", "site", "table_stride", "parts", "first_row", "tokens", "size")
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,14 @@ class Variant:
             "narrow_loads": len(re.findall(r"ld\.global[\w.]*\.b16", ptx)),
             "matrix_products": len(re.findall(r"mma[\w.]*sync", ptx)),
             **_resources(compiled.asm["cubin"]),
+            "specialized": [p.name for p in self.kernel.params if p.name in CHANGING and self._specializes(p)],
             "atomics": len(re.findall(r"\b(?:atom|red)\.", ptx)),
         }
+
+    def _specializes(self, parameter: Any) -> bool:
+        """Whether Triton compiles the kernel again for other values of a parameter."""
+        pointer = self.types[parameter.name].startswith("*")
+        return not (parameter.do_not_specialize or (pointer and parameter.do_not_specialize_on_alignment))
 
 
 def _resources(cubin: bytes) -> dict[str, int]:
@@ -91,7 +99,7 @@ def lora_variants() -> Iterator[Variant]:
             lora.shrink_kernel,
             types,
             {"CHUNK": chunk, "BLOCK_K": shape.inner, **sizes},
-            ("x", "x_stride", "tiles", "hidden", "in_features"),
+            ("x", "x_stride", "hidden", "in_features"),
             shrink,
             shape.stages,
         )
@@ -100,7 +108,7 @@ def lora_variants() -> Iterator[Variant]:
             lora.expand_kernel,
             types,
             {"SPLITS": splits, "BLOCK_N": shape.columns, "ALIGNED": True, **sizes},
-            ("y", "y_stride", "tiles", "hidden", "out_features"),
+            ("y", "y_stride", "hidden", "out_features"),
             expand,
             1,
         )

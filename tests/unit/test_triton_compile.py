@@ -34,6 +34,7 @@ def test_every_kernel_compiles_for_an_h100(tmp_path: Path) -> None:
         # Numbers that have no register any more would lie on the stack, in memory.
         assert kernel["stack"] == 0, kernel
         assert kernel["atomics"] == 0, kernel
+        assert not kernel["specialized"], kernel
         assert kernel["wide_loads"] > 0, kernel
         assert kernel["narrow_loads"] == 0, kernel
         if not any(name in kernel["name"] for name in WITHOUT_PRODUCTS):

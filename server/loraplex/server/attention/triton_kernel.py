@@ -116,7 +116,7 @@ def write_kernel(
     tl.store(v_cache + to, value.to(v_cache.dtype.element_ty), mask=wanted)
 
 
-@triton.jit(do_not_specialize=["window"])
+@triton.jit(do_not_specialize=["table_stride", "window"])
 def decode_kernel(
     q,
     q_stride,
@@ -223,7 +223,7 @@ def reduce_kernel(
     tl.store(out + at * HEAD_DIM + d, result.to(out.dtype.element_ty), mask=d < HEAD_DIM)
 
 
-@triton.jit(do_not_specialize=["window", "first_row"])
+@triton.jit(do_not_specialize=["table_stride", "window", "first_row"])
 def prompt_kernel(
     q,
     q_stride,

@@ -103,7 +103,8 @@ def _shrink_unit(
         tl.store(to + t[:, None] * pad + r[None, :], total)
 
 
-@triton.jit(do_not_specialize=["site", "hidden_size"])
+# `tiles` and `units` lie in the records wherever a step's numbers put them.
+@triton.jit(do_not_specialize=["site", "hidden_size"], do_not_specialize_on_alignment=["tiles", "units"])
 def shrink_kernel(
     x,
     x_stride,
@@ -143,7 +144,7 @@ def shrink_kernel(
         )
 
 
-@triton.jit(do_not_specialize=["site", "hidden_size"])
+@triton.jit(do_not_specialize=["site", "hidden_size"], do_not_specialize_on_alignment=["tiles"])
 def expand_kernel(
     y,
     y_stride,
