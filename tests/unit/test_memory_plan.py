@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,9 +16,13 @@ from loraplex.server.engine import build, runner_build
 from loraplex.server.engine.engine import Engine
 from loraplex.server.engine.limits import engine_limits, kv_cache_shape
 from loraplex.server.engine.memory_plan import DeviceMemory, StepSize, step_bytes
+from loraplex.server.engine.model_runner import ModelRunner
+from loraplex.server.engine.runner_build import GPU_WARM_UP_TOKENS
+from loraplex.server.engine.scheduler import ScheduledSequence
 from loraplex.server.engine.stats import NullObserver
 from loraplex.server.engine.step_shapes import step_shapes
 from loraplex.server.errors import ModelLoadError
+from loraplex.server.lora.ops.triton_plan import MIN_LONG_TOKENS
 from loraplex.server.models.device import resolve_device
 from loraplex.server.models.loader import LoadedModel, load_model
 from tests.parity.tiny_models import TinyModel
@@ -124,9 +128,22 @@ def test_an_engine_is_built_for_an_accelerator(model: LoadedModel, monkeypatch: 
     gpu = FakeAccelerator(399 * MIB)
     engine = build_with(gpu, model, monkeypatch)
     assert gpu.made is not None, "adapters come beside the steps"
-    assert gpu.entered == 2, "building and the first step run on it"
+    assert gpu.entered == 1 + 2 * len(GPU_WARM_UP_TOKENS), "building and the first steps run on it"
     engine._parts.slots.close()
     assert gpu.made.closed
+
+
+def test_what_a_gpu_compiles_at_first_use_is_compiled_at_start(
+    model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    segments: list[int] = []
+
+    def run(self: ModelRunner, rows: Sequence[ScheduledSequence], *more: object) -> None:
+        segments.append(sum(row.num_tokens for row in rows))  # of one adapter
+
+    monkeypatch.setattr(ModelRunner, "run", run)
+    build_with(FakeAccelerator(399 * MIB), model, monkeypatch)._parts.slots.close()
+    assert min(segments) < MIN_LONG_TOKENS <= max(segments), "each is for kernels of its own"
 
 
 def test_a_device_that_is_full_in_spite_of_the_plan_is_a_typed_error_with_it(

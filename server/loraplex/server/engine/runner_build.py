@@ -24,8 +24,10 @@ from loraplex.server.lora.packing import pack_adapter
 from loraplex.server.lora.weights import LinearSite
 from loraplex.server.models.loader import LoadedModel
 
-# Of a prompt that every kernel has something to do for, also those that leave short ones to others.
-WARM_UP_TOKENS = 16
+# Of prompts that together give every kernel something to do, also those that leave short ones to others: on a GPU, the
+# LoRA kernels for long ones.
+WARM_UP_TOKENS = (16,)
+GPU_WARM_UP_TOKENS = (16, 80)
 
 _HOST = torch.device("cpu")
 
@@ -41,7 +43,8 @@ def build_runner(
     try:
         with nullcontext() if gpu is None else gpu.current():
             runner = _make_runner(model, config, limits, gpu)
-            _warm_up(runner, model, adapter_dtype(model, config))
+            for tokens in WARM_UP_TOKENS if gpu is None else GPU_WARM_UP_TOKENS:
+                _warm_up(runner, model, adapter_dtype(model, config), tokens)
             return runner
     except torch.OutOfMemoryError as error:
         plan = "" if limits.plan is None else f", which was planned so:\n{limits.plan.render()}"
@@ -81,8 +84,8 @@ def site_groups(sites: Sequence[LinearSite]) -> tuple[frozenset[int], ...]:
     return attention, frozenset(range(len(sites) - 1))
 
 
-def _warm_up(runner: ModelRunner, model: LoadedModel, dtype: torch.dtype) -> None:
-    """Run a decode beside a prompt and alone, with an adapter on every layer: what compiles at first use does so now.
+def _warm_up(runner: ModelRunner, model: LoadedModel, dtype: torch.dtype, tokens: int) -> None:
+    """Run a decode beside a prompt of `tokens` and alone, an adapter on every layer: what compiles at all does so now.
 
     What it leaves in the first KV block is overwritten before it is read.
     """
@@ -93,7 +96,7 @@ def _warm_up(runner: ModelRunner, model: LoadedModel, dtype: torch.dtype) -> Non
     }
     adapter = pack_adapter(BoundAdapter("warm-up", modules), model.decoder.sites, dtype, torch.device(model.device))
     rows = []
-    prompt = (0,) * min(WARM_UP_TOKENS, model.max_model_len)
+    prompt = (0,) * min(tokens, model.max_model_len)
     for computed in (len(prompt) - 1, 0):
         request = GenerationRequest("warm-up", prompt, SamplingParams(seed=0), adapter_digest=adapter.digest)
         seq = EngineSequence(request, choice=0, arrival_s=0.0)
