@@ -19,11 +19,14 @@ NARROW = 2
 """Bytes of a number in bfloat16: lm_head, keys and values, adapters."""
 LAUNCH_S = 1.5e-6
 """Assumed, between two kernels of a captured step. Not measured here."""
-# Of a layer: four products; two norms, each with its addition; the rotation; writing keys and values, decode
-# attention and the sum of its parts; the activation.
-LAYER_LAUNCHES = 4 + 2 + 1 + 3 + 1
-OTHER_LAUNCHES = 4
-"""Embedding, last norm, rows that sample, lm_head."""
+# Of a layer: four products; two additions and two norms; the rotation (a product, a shift, a product and sum); writing
+# keys and values, decode attention and the sum of its parts; the activation and its product. What is no kernel of ours
+# torch computes an operation at a time: none of that is fused yet.
+LAYER_LAUNCHES = 4 + 4 + 3 + 3 + 2
+DIVIDED_OUTPUTS = 8448
+"""Up to which the sums of a product with 4-bit weights are divided, and a launch more adds the parts up."""
+OTHER_LAUNCHES = 7
+"""Embedding, rotations, rows that sample, last norm, lm_head, float32, and to where logits stay."""
 LORA_LAUNCHES = 2
 """Shrink and expand, at each packed product that is captured with LoRA: those of q, k and v, or all of the layers."""
 ALL_LINEAR = ("q", "k", "v", "o", "gate", "up", "down")
@@ -62,6 +65,12 @@ class DecoderShape:
     def layer_weights(self) -> int:
         """Of all layers' projections."""
         return self.layers * sum(inputs * outputs for inputs, outputs in self.modules.values())
+
+    @property
+    def packed_outputs(self) -> tuple[int, ...]:
+        """Outputs of each product of a layer: q, k and v; o; gate and up; down."""
+        qkv = (self.heads + 2 * self.kv_heads) * self.head_dim
+        return qkv, self.hidden, 2 * self.intermediate, self.hidden
 
     def adapter_bytes(self, rank: int, targets: tuple[str, ...] = ALL_LINEAR) -> int:
         """Return the bytes of one adapter."""
@@ -125,12 +134,14 @@ def step_work(shape: DecoderShape, step: StepKind) -> StepWork:
     multiplied = shape.layer_weights + head + adapter // NARROW
     scores = 2 * shape.layers * shape.heads * shape.head_dim * step.context
     sites = shape.layers * (1 if set(step.targets) <= {"q", "k", "v"} else 4)
+    sums = sum(outputs <= DIVIDED_OUTPUTS for outputs in shape.packed_outputs) if step.weights == "nf4" else 0
+    launches = (LAYER_LAUNCHES + sums) * shape.layers + OTHER_LAUNCHES
     return StepWork(
         weights=shape.layer_weights * WEIGHT_BYTES[step.weights] + head * NARROW,
         cache=step.rows * step.context * cached,
         adapters=step.adapters * adapter,
         flop=2.0 * step.rows * (multiplied + scores),
-        launches=LAYER_LAUNCHES * shape.layers + OTHER_LAUNCHES + (LORA_LAUNCHES * sites if step.adapters else 0),
+        launches=launches + (LORA_LAUNCHES * sites if step.adapters else 0),
     )
 
 
