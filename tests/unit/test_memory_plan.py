@@ -146,17 +146,36 @@ def test_what_a_gpu_compiles_at_first_use_is_compiled_at_start(
     assert min(segments) < MIN_LONG_TOKENS <= max(segments), "each is for kernels of its own"
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("CUDA error: out of memory"),  # the driver, which makes graphs and pinned memory
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
 def test_a_device_that_is_full_in_spite_of_the_plan_is_a_typed_error_with_it(
-    model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+    model: LoadedModel, monkeypatch: pytest.MonkeyPatch, error: RuntimeError
 ) -> None:
     def full(*arguments: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     monkeypatch.setattr(runner_build, "KVCache", full)
     with pytest.raises(ModelLoadError, match="ran out of memory at start") as refused:
         build_with(FakeAccelerator(399 * MIB), model, monkeypatch)
     assert "left for keys and values" in str(refused.value)
-    assert "CUDA out of memory" in str(refused.value)
+    assert str(error) in str(refused.value)
+
+
+def test_another_fault_at_start_is_not_called_a_lack_of_memory(
+    model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(runner_build, "KVCache", broken)
+    with pytest.raises(RuntimeError, match="illegal"):
+        build_with(FakeAccelerator(399 * MIB), model, monkeypatch)
 
 
 def test_weights_that_do_not_fit_are_a_typed_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,12 +46,20 @@ def build_runner(
             for tokens in WARM_UP_TOKENS if gpu is None else GPU_WARM_UP_TOKENS:
                 _warm_up(runner, model, adapter_dtype(model, config), tokens)
             return runner
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not _out_of_memory(error):
+            raise
         plan = "" if limits.plan is None else f", which was planned so:\n{limits.plan.render()}"
         raise ModelLoadError(
             "the device ran out of memory at start. Lower --gpu-memory-utilization or --kv-cache-memory, or end what "
             f"else uses it{plan}\n{error}"
         ) from error
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    """Whether the device had no memory: torch's allocator says so by its type, the driver and cuBLAS in words only."""
+    told = ("out of memory", "ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in told)
 
 
 def _make_runner(
