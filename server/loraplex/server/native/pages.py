@@ -27,12 +27,12 @@ def zeros_on_huge_pages(nbytes: int) -> torch.Tensor:
     if not whole or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(nbytes, dtype=torch.uint8)
     # Memory that was in use before keeps its small pages, hence a mapping of its own instead of the allocator's.
-    mapping = mmap.mmap(-1, nbytes + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    everything = torch.frombuffer(mapping, dtype=torch.uint8)
-    start = -everything.data_ptr() % HUGE_PAGE_BYTES
     try:
+        mapping = mmap.mmap(-1, nbytes + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        everything = torch.frombuffer(mapping, dtype=torch.uint8)
+        start = -everything.data_ptr() % HUGE_PAGE_BYTES
         mapping.madvise(mmap.MADV_HUGEPAGE, start, whole)
-    except OSError:  # a kernel built without huge pages
+    except OSError:  # a kernel built without huge pages, or too little memory: PyTorch says how much was asked for
         return torch.zeros(nbytes, dtype=torch.uint8)
     return everything[start : start + nbytes]
 

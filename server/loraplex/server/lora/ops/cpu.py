@@ -25,9 +25,9 @@ from loraplex.server.native.low_rank import STEP, TOKENS
 from loraplex.server.native.program import StepArguments
 from loraplex.server.native.team import Kernel
 
-# Tokens times rank of a segment up to which the kernel does the work: any decode step, as a recorded one must not need
-# torch. Measured over 30 layers, one thread: rank 64 with 64 tokens 30 ms against 34 by torch's matrix products, rank
-# 256 with 256 tokens 434 against 414.
+# Tokens times rank of a segment up to which the kernel does the work: nearly any decode step, for recorded ones cannot
+# call torch. Measured over 30 layers, one thread: rank 64 with 64 tokens 30 ms against 34 by torch's matrix products,
+# rank 256 with 256 tokens 434 against 414.
 MAX_KERNEL_WORK = 65536
 # The same sum over all segments from which on a second thread pays for being called.
 MIN_PARALLEL_WORK = 24
