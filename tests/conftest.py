@@ -5,6 +5,7 @@ test module is. Servers that tests start as processes inherit them.
 """
 
 import os
+import signal
 from pathlib import Path
 
 # No test may reach for a hub, not even by accident: a missing file must fail at once instead of retrying downloads.
@@ -18,3 +19,5 @@ os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 # Triton decides at import whether kernels are compiled or interpreted. Without a GPU there is only the latter.
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# A shell that runs the tests in the background lets them ignore SIGINT, and some of them interrupt what they test.
+signal.signal(signal.SIGINT, signal.default_int_handler)
