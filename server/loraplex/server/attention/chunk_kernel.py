@@ -19,7 +19,16 @@ from loraplex.server.native.lane_math import keep_between, maximum, times, trans
 from loraplex.server.native.product import ROWS, WIDTH, add_product, set_product
 from loraplex.server.native.simd import LANES, fma, load, splat, store
 from loraplex.server.native.team import Kernel
-from loraplex.server.native.vector import Float32, Pointer, compiled, copy_scaled, exp_lanes, fill, tanh
+from loraplex.server.native.vector import (
+    Float32,
+    Pointer,
+    cap_numbers,
+    compiled,
+    copy_scaled,
+    exp_lanes,
+    fill,
+    round_up,
+)
 
 # The argument block, eight bytes each: int64, but for two floats. The counters, which all threads write, lie on cache
 # lines of their own.
@@ -42,11 +51,6 @@ EVER = np.float32(3e38)
 BYTES = 8
 
 
-@compiled
-def _padded(n: int, multiple: int) -> int:
-    return (n + multiple - 1) // multiple * multiple
-
-
 # A thread's scratch holds, in float32: rows of queries or results (WIDTH, D); the queries by lanes (D, WIDTH); results
 # by lanes (D, WIDTH); scores (KEYS, WIDTH); a tile's keys (KEYS, D) and values (KEYS, D); and by lane (WIDTH) the
 # position, the largest score, the sum of exponentials. D is the head dimension, filled up to whole registers.
@@ -66,7 +70,7 @@ def _query(p: Pointer, item: Pointer, h: int, lane: int) -> tuple[int, int]:
 @compiled
 def _read_queries(p: Pointer, item: Pointer, h: int, s: Pointer, scale: Float32, activation: Float32) -> None:
     """Bring the scaled queries and their positions into lanes; lanes that are left over repeat the last position."""
-    d, wide = p[HEAD_DIM], _padded(p[HEAD_DIM], LANES)
+    d, wide = p[HEAD_DIM], round_up(p[HEAD_DIM], LANES)
     q, lanes, positions = pointer_like(p[Q], activation), WIDTH * wide, _positions(wide)
     fill(s, 0, np.float32(0), WIDTH * wide)
     for lane in range(WIDTH):
@@ -89,7 +93,7 @@ def _read_rows(
     p: Pointer, item: Pointer, h: int, first: int, n: int, cache: int, s: Pointer, to: int, cached: Float32
 ) -> None:
     """Copy the n rows of KV head h from the token at `first` on, as float32, to rows of whole registers."""
-    d, block, wide = p[HEAD_DIM], p[BLOCK], _padded(p[HEAD_DIM], LANES)
+    d, block, wide = p[HEAD_DIM], p[BLOCK], round_up(p[HEAD_DIM], LANES)
     rows = pointer_like(cache, cached)
     table = i32_at(p[TABLES] + 4 * item[ROW] * p[TABLE_STRIDE])
     position = first
@@ -117,13 +121,6 @@ def _hide(p: Pointer, s: Pointer, positions: int, scores: int, first: int, n: in
 
 
 @compiled
-def _cap(s: Pointer, at: int, n: int, cap: Float32) -> None:
-    """Replace n scores by cap * tanh(score / cap)."""
-    for i in range(n):
-        s[at + i] = cap * tanh(s[at + i] / cap)
-
-
-@compiled
 def _weigh(s: Pointer, scores: int, n: int, largest: int, sums: int, results: int, wide: int, lane: int) -> None:
     """Turn n scores of sixteen lanes into weights; what was summed before is scaled down to the new largest score."""
     before = load(s, largest + lane)
@@ -148,7 +145,7 @@ def _attend(arguments: int, unit: int, s: Pointer, activation: Float32, cached: 
     """Do one KV head of one item."""
     p = i64_at(arguments)
     item, h = i64_at(p[ITEMS] + unit // p[KV_HEADS] * ITEM_FIELDS * BYTES), unit % p[KV_HEADS]
-    d, wide = p[HEAD_DIM], _padded(p[HEAD_DIM], LANES)
+    d, wide = p[HEAD_DIM], round_up(p[HEAD_DIM], LANES)
     queries, results, scores = WIDTH * wide, 2 * WIDTH * wide, 3 * WIDTH * wide
     keys, values, positions = scores + KEYS * WIDTH, scores + KEYS * WIDTH + KEYS * wide, _positions(wide)
     largest, sums = positions + WIDTH, positions + 2 * WIDTH
@@ -168,7 +165,7 @@ def _attend(arguments: int, unit: int, s: Pointer, activation: Float32, cached: 
         for j in range(0, n, ROWS):
             set_product(s, keys + j * wide, wide, 1, s, queries, WIDTH, d, s, scores + j * WIDTH, WIDTH)
         if cap > 0:
-            _cap(s, scores, n * WIDTH, cap)
+            cap_numbers(s, scores, n * WIDTH, cap)
         if first + n - 1 > oldest or (p[WINDOW] > 0 and first <= newest - p[WINDOW]):
             _hide(p, s, positions, scores, first, n)
         for lane in range(0, WIDTH, LANES):
@@ -182,7 +179,7 @@ def _attend(arguments: int, unit: int, s: Pointer, activation: Float32, cached: 
 @compiled
 def _write_results(p: Pointer, item: Pointer, h: int, s: Pointer, results: int, sums: int, activation: Float32) -> None:
     """Divide by the sums and bring the results from lanes to where they belong."""
-    d, wide = p[HEAD_DIM], _padded(p[HEAD_DIM], LANES)
+    d, wide = p[HEAD_DIM], round_up(p[HEAD_DIM], LANES)
     out = pointer_like(p[OUT], activation)
     for first in range(0, WIDTH, LANES):
         for i in range(0, wide, LANES):

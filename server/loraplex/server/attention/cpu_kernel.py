@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from loraplex.server.native.intrinsics import (
+    CACHE_LINE,
     atomic_add,
     atomic_load,
     f32_at,
@@ -29,6 +30,7 @@ from loraplex.server.native.vector import (
     Float32,
     Pointer,
     axpy,
+    cap_numbers,
     compiled,
     compiled_without_nan,
     copy_scaled,
@@ -36,7 +38,6 @@ from loraplex.server.native.vector import (
     dot4,
     exp,
     fill,
-    tanh,
     weighted_rows,
 )
 
@@ -62,7 +63,6 @@ QUERY_FIELDS, ITEM_FIELDS = 5, 2
 PART = 256  # tokens
 EMPTY = np.float32(-1e30)  # the maximum of no scores
 BYTES = 8
-CACHE_LINE = 64
 
 
 @compiled
@@ -88,13 +88,6 @@ def _scores(q: Pointer, at: int, keys: Pointer, d: int, n: int, scores: Pointer,
     while j < n:
         scores[to + j] = dot(q, at, keys, j * d, d)
         j += 1
-
-
-@compiled
-def _cap(scores: Pointer, at: int, n: int, cap: Float32) -> None:
-    """Replace s by cap * tanh(s / cap)."""
-    for i in range(n):
-        scores[at + i] = cap * tanh(scores[at + i] / cap)
 
 
 @compiled_without_nan
@@ -198,7 +191,7 @@ def _attend(arguments: int, unit: int, scratch: int, activation: Float32, cached
     partials = f32_at(p[PARTIALS] + 4 * (index * p[HEADS] + h * group) * (d + 2))
     for g in range(group):
         if cap > 0:
-            _cap(scores, g * PART, end - first, cap)
+            cap_numbers(scores, g * PART, end - first, cap)
         m = _maximum(scores, g * PART, end - first)
         partials[g * (d + 2) + d] = m
         partials[g * (d + 2) + d + 1] = _exponentials(scores, g * PART, end - first, m)

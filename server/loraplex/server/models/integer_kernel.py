@@ -32,7 +32,7 @@ from loraplex.server.native.tile import (
     tile16,
     widen_step,
 )
-from loraplex.server.native.vector import Float32, Pointer, compiled, fill
+from loraplex.server.native.vector import Float32, Pointer, compiled, fill, round_up
 
 # The argument block, eight bytes each: int64, but for one float. Every call writes the first ones; the counters, which
 # all threads write, lie on cache lines of their own.
@@ -51,11 +51,6 @@ INPUTS_AT_ONCE = 16  # rounded together: rows of weights are filled up to a mult
 TAIL = 4 * MOST_ROWS * OUTPUTS
 WIDENED = TAIL + 4 * INPUTS_AT_ONCE
 WIDENED_BYTES = 2 * OUTPUTS  # for each input
-
-
-@compiled
-def _padded(n: int, multiple: int) -> int:
-    return (n + multiple - 1) // multiple * multiple
 
 
 @compiled
@@ -94,7 +89,7 @@ def _round_block(arguments: int, tile: int, block: int, scratch: int) -> None:
     """
     p = i64_at(arguments)
     n, first = p[IN_FEATURES], tile * MOST_ROWS
-    rows, padded = _tile_rows(p[ROWS] - first), _padded(n, INPUTS_AT_ONCE)
+    rows, padded = _tile_rows(p[ROWS] - first), round_up(n, INPUTS_AT_ONCE)
     start, end = block * p[BLOCK], min(n, (block + 1) * p[BLOCK])
     to, unit = p[X16] + 2 * first * padded, np.float32(f64_at(arguments)[UNIT])
     scales = f32_at(p[X_SCALES] + 4 * (first * _blocks(p) + block * rows))
@@ -143,7 +138,7 @@ def _multiply(
 def _panel_tile(p: Pointer, panel: int, first: int, weights: int, step_bytes: int, scratch: int, like: Float32) -> None:
     """Set the outputs of one panel for the rows of the tile that begins at row `first`."""
     n, left = p[IN_FEATURES], p[ROWS] - first
-    tile, padded = _tile_rows(left), _padded(n, INPUTS_AT_ONCE)
+    tile, padded = _tile_rows(left), round_up(n, INPUTS_AT_ONCE)
     x, x_scales = p[X16] + 2 * first * padded, p[X_SCALES] + 4 * first * _blocks(p)
     scales, sums = p[SCALES] + panel * p[PANEL_SCALES], f32_at(scratch)
     fill(sums, 0, np.float32(0), tile * OUTPUTS)
@@ -169,7 +164,7 @@ def _panel_tile(p: Pointer, panel: int, first: int, weights: int, step_bytes: in
 @compiled
 def _panel(p: Pointer, panel: int, first: int, end: int, scratch: int, like: Float32) -> None:
     """Do one panel for the rows first:end; for more than one tile the weights are widened only once."""
-    weights, padded = p[WEIGHTS] + panel * p[PANEL_BYTES], _padded(p[IN_FEATURES], INPUTS_AT_ONCE)
+    weights, padded = p[WEIGHTS] + panel * p[PANEL_BYTES], round_up(p[IN_FEATURES], INPUTS_AT_ONCE)
     steps = padded // STEP_INPUTS
     step_bytes = p[PANEL_BYTES] // steps
     if end - first <= MOST_ROWS:

@@ -14,14 +14,13 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from loraplex.server.native.intrinsics import item_bytes, prefetch
+from loraplex.server.native.intrinsics import CACHE_LINE, item_bytes, prefetch
 from loraplex.server.native.simd import LANES, add, fma, load, load_two, load_two_of, splat, store, total, totals4
 from loraplex.server.native.vector import Float32, Pointer, inlined
 
 STEP = 2 * LANES
 TOKENS = 4  # that `dots_of_four` takes
 ROWS = 4  # that `add_four_rows` takes
-_LINE = 64  # bytes of a cache line
 
 Lanes: TypeAlias = Any
 Four: TypeAlias = tuple[Lanes, Lanes, Lanes, Lanes]
@@ -37,10 +36,10 @@ def _load(w: Pointer, at: int, left: int) -> tuple[Lanes, Lanes]:
 def _ask_for_two_rows(ahead: int, like: Pointer) -> None:
     """Prefetch as much as a step over two rows of what `like` points to reads."""
     prefetch(ahead)
-    prefetch(ahead + _LINE)
+    prefetch(ahead + CACHE_LINE)
     if item_bytes(like) == 4:
-        prefetch(ahead + 2 * _LINE)
-        prefetch(ahead + 3 * _LINE)
+        prefetch(ahead + 2 * CACHE_LINE)
+        prefetch(ahead + 3 * CACHE_LINE)
 
 
 @inlined

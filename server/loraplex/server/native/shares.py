@@ -6,12 +6,11 @@ keep up with it; a thread that comes late, or not at all, costs nothing but its 
 
 from __future__ import annotations
 
-from loraplex.server.native.intrinsics import atomic_add
+from loraplex.server.native.intrinsics import CACHE_LINE, atomic_add
 from loraplex.server.native.vector import compiled
 
 MOST_SHARES = 8
 WORDS = 8 * MOST_SHARES  # of int64 counters, zero at the start: each on a cache line of its own
-_LINE = 64
 
 
 @compiled
@@ -27,7 +26,7 @@ def take(counters: int, units: int, shares: int, own: int) -> int:
     for i in range(shares):
         share = (own + i) % shares
         start, end = units * share // shares, units * (share + 1) // shares
-        unit: int = start + atomic_add(counters + _LINE * share, 1)
+        unit: int = start + atomic_add(counters + CACHE_LINE * share, 1)
         if unit < end:
             return unit
     return -1

@@ -143,6 +143,12 @@ def weighted_rows(
 
 
 @inlined
+def round_up(n: int, multiple: int) -> int:
+    """Return the next multiple from n on."""
+    return (n + multiple - 1) // multiple * multiple
+
+
+@inlined
 def fill(x: Pointer, at: int, value: Float32, n: int) -> None:
     """Set n elements."""
     for i in range(n):
@@ -196,3 +202,10 @@ def tanh(x: Float32) -> Float32:
     near_zero = p * square * x + x
     away = np.float32(1) - np.float32(2) / (exp(np.float32(2) * x) + np.float32(1))
     return near_zero if square < np.float32(0.390625) else away
+
+
+@compiled
+def cap_numbers(x: Pointer, at: int, n: int, cap: Float32) -> None:
+    """Replace n numbers x by cap * tanh(x / cap)."""
+    for i in range(n):
+        x[at + i] = cap * tanh(x[at + i] / cap)

@@ -28,7 +28,7 @@ from loraplex.server.native.intrinsics import (
 from loraplex.server.native.low_rank import ROWS, STEP, TOKENS, add_four_rows, add_row, dot, dots_of_four, set_row
 from loraplex.server.native.simd import LANES, join_like, load, load_two_of, split_like, store
 from loraplex.server.native.team import Kernel
-from loraplex.server.native.vector import Float32, Pointer, compiled
+from loraplex.server.native.vector import Float32, Pointer, compiled, round_up
 
 # The argument block, an int64 each. Every call writes the first CALL_FIELDS and zeroes the counters, which lie on cache
 # lines of their own because all threads write them; the rest is written once a step.
@@ -54,16 +54,10 @@ BYTES = 8  # of an int64
 
 
 @compiled
-def _padded(n: int) -> int:
-    """Return n, rounded up to a multiple of STEP."""
-    return (n + STEP - 1) // STEP * STEP
-
-
-@compiled
 def _copy_inputs(p: Pointer, first: int, tokens: int, inputs: Pointer, like: Pointer) -> None:
     """Set `inputs` to the tokens' numbers of x, each filled up to whole steps, in the order of `like`'s matrices."""
     n = p[IN_FEATURES]
-    padded, whole = _padded(n), n - n % STEP
+    padded, whole = round_up(n, STEP), n - n % STEP
     for t in range(tokens):
         x, at, to = f32_at(p[X]), (first + t) * p[X_STRIDE], t * padded
         for k in range(0, whole, STEP):
@@ -80,7 +74,7 @@ def _copy_inputs(p: Pointer, first: int, tokens: int, inputs: Pointer, like: Poi
 @compiled
 def _shrink(a: Pointer, rank: int, n: int, inputs: Pointer, tokens: int, hidden: Pointer, ahead: int) -> None:
     """Set hidden[t, r] = inputs[t] . a[r]; asks for memory from the address `ahead` on where it takes four tokens."""
-    padded, fours = _padded(n), tokens - tokens % TOKENS
+    padded, fours = round_up(n, STEP), tokens - tokens % TOKENS
     for r in range(0, rank, 2):
         second, there = min(r + 1, rank - 1), ahead + r * n * item_bytes(a)
         for t in range(0, fours, TOKENS):
@@ -135,7 +129,7 @@ def _expand_tile(
     b: Pointer, column: int, n: int, width: int, rank: int, hidden: Pointer, tokens: int, sums: Pointer, ahead: int
 ) -> None:
     """Set sums[t, :n] = sum over r of hidden[t, r] * b[r, column : column + n]; rows of sums are filled up to steps."""
-    stride, r = _padded(n), 1
+    stride, r = round_up(n, STEP), 1
     for t in range(tokens):
         set_row(b, column, hidden[t * rank], sums, t * stride, n)
     while tokens > 1 and r + ROWS <= rank:
@@ -163,7 +157,7 @@ def _expand(
         n = min(width - column, SUMS // tokens // STEP * STEP)
         ahead = s[B_T] + s[RANK] * (width + column) * item_bytes(b)
         _expand_tile(b, column, n, width, s[RANK], hidden, tokens, sums, ahead)
-        stride = _padded(n)
+        stride = round_up(n, STEP)
         for t in range(tokens):
             at = (segment[START] + t) * p[Y_STRIDE] + s[COLUMN] + column
             if p[Y_IS_BF16]:
@@ -180,7 +174,7 @@ def _unit(p: Pointer, unit: int, scratch: int, weight: Float32) -> None:
     segment = i64_at(p[SEGMENTS] + index * SEGMENT_FIELDS * BYTES)
     tokens, n = segment[COUNT], p[IN_FEATURES]
     sums, inputs = f32_at(scratch), f32_at(scratch + 4 * SUMS)
-    hidden = f32_at(scratch + 4 * (SUMS + tokens * _padded(n)))
+    hidden = f32_at(scratch + 4 * (SUMS + tokens * round_up(n, STEP)))
     is_copied = False
     for position in range(first, min(first + p[SLICES_PER_UNIT], segment[SLICES])):
         s = i64_at(segment[TABLE] + (p[SITE] * segment[SLICES] + position) * SLICE_FIELDS * BYTES)
