@@ -17,7 +17,7 @@ import torch
 
 from loraplex.server.lora.changes import SiteChanges
 from loraplex.server.lora.ops import cpu_kernel as kernel
-from loraplex.server.lora.ops.interface import adapters_of
+from loraplex.server.lora.ops.interface import adapters_of, check_fit, largest_extents
 from loraplex.server.lora.ops.site_changes import add_biases, change_output
 from loraplex.server.lora.segments import Segment
 from loraplex.server.lora.weights import PackedAdapter, SliceWeights
@@ -93,7 +93,7 @@ class CpuLoraOps:
             threads=threads,
             kept=(kept, adapters),
             long=tuple(entry for entry in low_rank if not _is_short(*entry)),
-            extents=_extents(adapters),
+            extents=tuple(map(tuple, largest_extents(adapters).tolist())) if adapters else (),
             end=max((segment.end for segment in segments), default=0),
             changes=_changes(chosen),
         )
@@ -104,7 +104,9 @@ class CpuLoraOps:
         in_features, out_features = step.extents[site] if step.extents else _NOTHING
         if not in_features:
             return
-        _check(y, x, in_features, out_features, step.end)
+        check_fit(y, x, in_features, out_features, step.end)
+        if y.dtype is not torch.float32 and y.dtype is not torch.bfloat16:
+            raise ValueError(f"y is float32 or bfloat16, not {y.dtype}")
         changes = step.changes[site] if site < len(step.changes) else ()
         for segment, change in changes:
             change_output(y, x, segment, change)
@@ -203,13 +205,6 @@ def _token_floats(adapter: PackedAdapter) -> int:
     return -(-most_inputs // STEP) * STEP + adapter.rank
 
 
-def _extents(adapters: Sequence[PackedAdapter]) -> tuple[tuple[int, int], ...]:
-    """Return per site the largest (in_features, end) of any adapter."""
-    if not adapters:
-        return ()
-    return tuple(map(tuple, np.maximum.reduce([adapter.extents for adapter in adapters]).tolist()))
-
-
 def _changes(chosen: Sequence[tuple[Segment, PackedAdapter]]) -> SiteRanges:
     """Return per site the segments in which torch has something to do, and what: not what the kernel does itself."""
     ranges = []
@@ -221,21 +216,3 @@ def _changes(chosen: Sequence[tuple[Segment, PackedAdapter]]) -> SiteRanges:
         return ()
     sites = range(1 + max(max(changes) for _, changes in ranges))
     return tuple(tuple((segment, changes[site]) for segment, changes in ranges if site in changes) for site in sites)
-
-
-def _check(y: torch.Tensor, x: torch.Tensor, in_features: int, out_features: int, end: int) -> None:
-    """Refuse what the kernel would read or write wrongly.
-
-    Raises:
-        ValueError: saying what does not fit.
-    """
-    tokens, width = y.shape
-    if x.shape != (tokens, in_features) or width < out_features or tokens < end:
-        raise ValueError(
-            f"x {tuple(x.shape)} and y {tuple(y.shape)} do not fit segments up to {end} of adapters from {in_features} "
-            f"to {out_features} features"
-        )
-    if x.stride(1) != 1 or y.stride(1) != 1:
-        raise ValueError(f"the features of x and y must be contiguous, not strided by {x.stride(1)} and {y.stride(1)}")
-    if y.dtype is not torch.float32 and y.dtype is not torch.bfloat16:
-        raise ValueError(f"y is float32 or bfloat16, not {y.dtype}")

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from loraplex.server.lora.overrides import Overrides
@@ -98,6 +100,35 @@ def adapters_of(segments: Sequence[Segment], slots: Mapping[int, PackedAdapter])
         if segment.scale != 1 and adapter.holds_one_scale:
             raise ValueError(f"adapter {adapter.digest} holds for scale 1 only, not for {segment}")
     return chosen
+
+
+def largest_extents(adapters: Sequence[PackedAdapter]) -> npt.NDArray[np.int64]:
+    """Return per site the largest (in_features, end) of any adapter: (sites, 2); there is at least one adapter."""
+    extents: npt.NDArray[np.int64] = np.maximum.reduce([adapter.extents for adapter in adapters])
+    return extents
+
+
+def check_fit(y: torch.Tensor, x: torch.Tensor, in_features: int, out_features: int, end: int) -> None:
+    """Refuse shapes and strides for which kernels would read or write wrongly.
+
+    Args:
+        y: as `LoraOps.add` takes it.
+        x: as `LoraOps.add` takes it.
+        in_features: what the adapters read at the site.
+        out_features: how far they write.
+        end: of the last segment.
+
+    Raises:
+        ValueError: saying what does not fit.
+    """
+    tokens, width = y.shape
+    if x.shape != (tokens, in_features) or width < out_features or tokens < end:
+        raise ValueError(
+            f"x {tuple(x.shape)} and y {tuple(y.shape)} do not fit segments up to {end} of adapters from {in_features} "
+            f"to {out_features} features"
+        )
+    if x.stride(1) != 1 or y.stride(1) != 1:
+        raise ValueError(f"the features of x and y must be contiguous, not strided by {x.stride(1)} and {y.stride(1)}")
 
 
 @dataclass(frozen=True)

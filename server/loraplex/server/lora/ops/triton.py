@@ -17,13 +17,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from triton import language as tl
 
 from loraplex.server.lora.changes import SiteChanges
 from loraplex.server.lora.ops import triton_kernel as kernel
-from loraplex.server.lora.ops.interface import adapters_of
+from loraplex.server.lora.ops.interface import adapters_of, check_fit, largest_extents
 from loraplex.server.lora.ops.site_changes import add_biases, change_output
 from loraplex.server.lora.ops.triton_plan import (
     TILE_SHAPES,
@@ -138,7 +137,10 @@ class TritonLoraOps:
         if plan.limits.sites is not None and site not in plan.limits.sites:
             return
         in_features, out_features = plan.extents[site] if plan.extents else _NO_EXTENT
-        _check(y, x, in_features or x.shape[1], out_features, plan.end)
+        check_fit(y, x, in_features or x.shape[1], out_features, plan.end)
+        for name, tensor in (("x", x), ("y", y)):
+            if tensor.dtype not in _DTYPES:
+                raise ValueError(f"{name} is float32 or bfloat16, not {tensor.dtype}")
         for segment, changes in plan.changes:
             if site in changes:
                 change_output(y, x, segment, changes[site])
@@ -163,7 +165,7 @@ class TritonLoraOps:
         limits = LoraLimits(
             kinds=tuple(kind.limits for kind in kinds),
             slices=max((resident.info.slices for resident in residents), default=0),
-            sites=frozenset(np.flatnonzero(_extents(adapters)[:, 0]).tolist()) if adapters else frozenset(),
+            sites=frozenset(np.flatnonzero(largest_extents(adapters)[:, 0]).tolist()) if adapters else frozenset(),
             aligned=all(resident.aligned for resident in residents),
             plain=not any(adapter.beyond_table for adapter in adapters),
         )
@@ -176,7 +178,7 @@ class TritonLoraOps:
         adapters = [adapter for _, adapter in chosen]
         self._copy(kinds, plan)
         plan.dtype = plan.dtype if plan.reserved else _dtype_of(chosen)
-        plan.extents = tuple(map(tuple, _extents(adapters).tolist())) if adapters else ()
+        plan.extents = tuple(map(tuple, largest_extents(adapters).tolist())) if adapters else ()
         plan.end = max((segment.end for segment, _ in chosen), default=0)
         plan.changes = tuple((segment, adapter.beyond_table) for segment, adapter in chosen if adapter.beyond_table)
         # A replayed plan stays for good: what it kept would outlive the slots. They keep it until the step is launched,
@@ -264,12 +266,6 @@ def _launch_kind(
     )
 
 
-def _extents(adapters: Sequence[PackedAdapter]) -> npt.NDArray[np.int64]:
-    """Return per site the largest (in_features, end) of any adapter."""
-    extents: npt.NDArray[np.int64] = np.maximum.reduce([adapter.extents for adapter in adapters])
-    return extents
-
-
 def _dtype_of(chosen: Sequence[tuple[Segment, PackedAdapter]]) -> torch.dtype | None:
     """Return the dtype of the adapters' matrices, None where there are none.
 
@@ -288,22 +284,3 @@ def _dtype_of(chosen: Sequence[tuple[Segment, PackedAdapter]]) -> torch.dtype | 
 def _check_dtype(dtype: torch.dtype) -> None:
     if dtype not in _DTYPES:
         raise ValueError(f"LoRA weights are float32 or bfloat16, not {dtype}")
-
-
-def _check(y: torch.Tensor, x: torch.Tensor, in_features: int, out_features: int, end: int) -> None:
-    """Refuse what the kernels would read or write wrongly.
-
-    Raises:
-        ValueError: saying what does not fit.
-    """
-    tokens, width = y.shape
-    if x.shape != (tokens, in_features) or width < out_features or tokens < end:
-        raise ValueError(
-            f"x {tuple(x.shape)} and y {tuple(y.shape)} do not fit segments up to {end} of adapters from {in_features} "
-            f"to {out_features} features"
-        )
-    if x.stride(1) != 1 or y.stride(1) != 1:
-        raise ValueError(f"the features of x and y must be contiguous, not strided by {x.stride(1)} and {y.stride(1)}")
-    for name, tensor in (("x", x), ("y", y)):
-        if tensor.dtype not in _DTYPES:
-            raise ValueError(f"{name} is float32 or bfloat16, not {tensor.dtype}")
