@@ -30,7 +30,6 @@ def result_of(config: TrainConfig, accuracy: float | None, loss: float = 1.0, sc
         steps=config.max_steps,
         seconds=10.0 + config.rank,
         tokens=1000,
-        train_loss=0.5,
         train_rows=100,
         validation_rows=100,
         truncated_rows=0,
@@ -43,7 +42,7 @@ def result_of(config: TrainConfig, accuracy: float | None, loss: float = 1.0, sc
         peak_memory=1,
         stopped_early=False,
         serving_problem="",
-        losses=(),
+        losses=((1, 0.5),),
     )
 
 

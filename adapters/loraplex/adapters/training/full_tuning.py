@@ -24,7 +24,7 @@ from loraplex.adapters.training.quiet_libraries import quiet_libraries
 from loraplex.adapters.training.run_folder import RunFolder
 from loraplex.adapters.training.score import Score, answer, score_answers
 from loraplex.adapters.training.train_config import TrainConfig
-from loraplex.adapters.training.train_result import TrainResult
+from loraplex.adapters.training.train_result import TrainResult, logged_losses
 from loraplex.adapters.training.trainer_arguments import planned_steps, trainer_arguments
 from loraplex.adapters.training.training_data import TrainingData, load_data, make_formatter
 from loraplex.adapters.training.watching import Observer, Silent
@@ -92,15 +92,12 @@ class _FullTuning:
         peak = self._memory.bytes()
         self._observer.phase("scoring the trained model")
         score = self._score()
-        logged = [each for each in self._trainer.state.log_history if "loss" in each]
-        losses = tuple((int(each["step"]), float(each["loss"])) for each in logged)
         parameters = sum(parameter.numel() for parameter in self._model.parameters())
         return TrainResult(
             output_dir=Path(self._config.output_dir),
             steps=self._steps,
             seconds=seconds,
             tokens=self._meter.tokens,
-            train_loss=sum(loss for _, loss in losses) / max(1, len(losses)),
             train_rows=len(self._data.train),
             validation_rows=len(self._data.held_out),
             truncated_rows=self._data.truncated,
@@ -113,7 +110,7 @@ class _FullTuning:
             peak_memory=peak,
             stopped_early=False,
             serving_problem="a fine-tuned model is no adapter",
-            losses=losses,
+            losses=logged_losses(self._trainer.state.log_history),
         )
 
     def _score(self) -> Score | None:

@@ -28,7 +28,7 @@ from loraplex.adapters.training.saved_adapter import save_adapter
 from loraplex.adapters.training.score import Answer, Score, answer, score_answers
 from loraplex.adapters.training.serving_check import serving_problem
 from loraplex.adapters.training.train_config import TrainConfig
-from loraplex.adapters.training.train_result import TrainResult
+from loraplex.adapters.training.train_result import TrainResult, logged_losses
 from loraplex.adapters.training.trainer_arguments import planned_steps, trainer_arguments
 from loraplex.adapters.training.training_data import TrainingData, make_formatter
 from loraplex.adapters.training.watching import Observer, StopRequest
@@ -134,14 +134,11 @@ class TrainingRun:
         peak = self._memory.bytes()
         self._observer.phase("scoring the adapter")
         score, answers = self._score()
-        logged = [each for each in self._trainer.state.log_history if "loss" in each]
-        losses = tuple((int(each["step"]), float(each["loss"])) for each in logged)
         return TrainResult(
             output_dir=Path(self._config.output_dir),
             steps=self.step,
             seconds=seconds,
             tokens=self._meter.tokens,
-            train_loss=sum(loss for _, loss in losses) / max(1, len(losses)),
             train_rows=len(self._data.train),
             validation_rows=len(self._data.held_out),
             truncated_rows=self._data.truncated,
@@ -154,7 +151,7 @@ class TrainingRun:
             peak_memory=peak,
             stopped_early=self.step < self.steps,
             serving_problem=self._problem,
-            losses=losses,
+            losses=logged_losses(self._trainer.state.log_history),
         )
 
     def save(self, folder: Path) -> str:
