@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from loraplex.adapters.child import send_job
 from loraplex.adapters.errors import PreconditionError, ResourceExhaustedError
-from loraplex.adapters.training.peak_memory import RETURNED_AT_ONCE, PeakMemory, resident_bytes
+from loraplex.adapters.training.measured_process import start_measured
+from loraplex.adapters.training.peak_memory import PeakMemory, resident_bytes
 
 _KILLED = 9
 
@@ -33,18 +33,8 @@ def measure_step(values: dict[str, Any], method: str) -> int:
         PreconditionError: the model cannot be loaded or trained.
         ResourceExhaustedError: the memory was not enough.
     """
-    command = [sys.executable, "-P", "-m", "loraplex.adapters.training.measured_step"]
-    with subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, **RETURNED_AT_ONCE},
-    ) as child:
-        assert child.stdin is not None, "it was opened as a pipe"
-        send_job(child.stdin, {"method": method, "config": values})
-        child.stdin = None
+    job = {"method": method, "config": values}
+    with start_measured("loraplex.adapters.training.measured_step", job, stderr=subprocess.PIPE) as child:
         output, errors = child.communicate()
     if child.returncode == -_KILLED:
         raise ResourceExhaustedError(f"measuring {method} took more memory than there is: try fewer or shorter rows")

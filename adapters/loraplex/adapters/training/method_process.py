@@ -14,10 +14,10 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 
-from loraplex.adapters.child import send_job
 from loraplex.adapters.errors import LoraplexError, PreconditionError
+from loraplex.adapters.training.measured_process import start_measured
 from loraplex.adapters.training.method_comparison import MethodRun, run_of
-from loraplex.adapters.training.peak_memory import RETURNED_AT_ONCE, resident_bytes
+from loraplex.adapters.training.peak_memory import resident_bytes
 from loraplex.adapters.training.train_config import TrainConfig
 from loraplex.adapters.training.training_memory import Method
 from loraplex.adapters.training.watching import Progress
@@ -29,18 +29,9 @@ def run_method(method: Method, config: TrainConfig, tell: Callable[[str], None])
     Raises:
         PreconditionError: what it reports, or that it ended without a word.
     """
-    command = [sys.executable, "-P", "-m", "loraplex.adapters.training.method_process"]
-    with subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env={**os.environ, **RETURNED_AT_ONCE},
-    ) as child:
-        assert child.stdin is not None, "it was opened as a pipe"
+    job = {"method": method, "config": config.to_values()}
+    with start_measured("loraplex.adapters.training.method_process", job, stderr=subprocess.DEVNULL) as child:
         assert child.stdout is not None, "it was opened as a pipe"
-        send_job(child.stdin, {"method": method, "config": config.to_values()})
         for line in child.stdout:
             event = json.loads(line)
             if "error" in event:

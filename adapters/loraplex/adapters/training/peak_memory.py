@@ -9,8 +9,6 @@ from pathlib import Path
 
 import torch
 
-RETURNED_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-"""Environment of a process whose peak is to be what was in use, and not what malloc kept for later (glibc)."""
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 
