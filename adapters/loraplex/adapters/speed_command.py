@@ -10,7 +10,7 @@ import json
 import subprocess
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +84,3 @@ def measure_speed(
         f"the speed cannot be measured: its process ended without a word, with status {process.returncode}; merge "
         "without measuring"
     )
-
-
-def figures_as_json(figures: Sequence[SpeedFigures]) -> list[dict[str, Any]]:
-    """Return plain values."""
-    return [asdict(each) for each in figures]
