@@ -89,6 +89,7 @@ class CapturedDecoder:
             return self._decoder.forward(batch, kv_cache, lora)
         assert self._kv_cache in (None, kv_cache), "recorded calls have the addresses of one KV cache"
         x, rotation = self._decoder.inputs(batch, None)
+        assert rotation is None or isinstance(rotation, CpuRotation), "a CPU's decoder rotates with kernels"
         key = (len(x), torch.get_num_threads(), *_lora_key(lora))
         captured = self._captured.get(key)
         if captured is None:
@@ -97,8 +98,7 @@ class CapturedDecoder:
                 return self._decoder.forward(batch, kv_cache, lora)
         self._captured.move_to_end(key)
         captured.x.copy_(x)
-        if captured.angles is not None:
-            assert isinstance(rotation, CpuRotation), "a CPU's decoder rotates with kernels"
+        if rotation is not None and captured.angles is not None:
             captured.angles.copy_(rotation.angles)
         for step in steps:
             captured.program.update(step)
@@ -123,7 +123,13 @@ class CapturedDecoder:
         return attention.step_arguments(batch, kv_cache.layers[0], config.num_heads, self._decoder.dtype)
 
     def _capture(
-        self, key: Hashable, batch: Batch, kv_cache: KVCache, lora: LoraContext | None, x: torch.Tensor, rotation: Any
+        self,
+        key: Hashable,
+        batch: Batch,
+        kv_cache: KVCache,
+        lora: LoraContext | None,
+        x: torch.Tensor,
+        rotation: CpuRotation | None,
     ) -> _Captured | None:
         """Record a step like this one; None, from now on for all steps, if PyTorch computes in it."""
         workspace = self._workspace
